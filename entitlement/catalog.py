@@ -1,0 +1,58 @@
+"""The catalogue: features and the versions of rate cards, as one immutable snapshot that both processes read alike."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import msgspec
+
+from entitlement.rating import Rate
+
+
+class Kind(IntEnum):
+    """What a feature is. Numbers as in ledger.proto."""
+
+    METERED = 1
+    BOOLEAN = 2
+    STATIC = 3
+
+
+class Feature(msgspec.Struct, frozen=True):
+    key: str
+    kind: Kind = Kind.METERED
+    unit: str = ""
+    shadow: bool = False  # decide and record, never deny
+    value: str = ""
+
+
+class RateCard(msgspec.Struct, frozen=True):
+    """One immutable version of a rate card, in force from `effective_ms` until a later version's."""
+
+    id: str
+    version: int
+    effective_ms: int
+    credit_type: str
+    rates: tuple[Rate, ...]
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """One tenant's whole catalogue. `generation` counts up with every change."""
+
+    tenant: str
+    generation: int
+    features: tuple[Feature, ...] = ()
+    rate_cards: tuple[RateCard, ...] = ()
+
+
+class Catalogs(msgspec.Struct, frozen=True):
+    """Every tenant's snapshot, as published in the hot store."""
+
+    generation: int
+    tenants: tuple[Snapshot, ...] = ()
+
+    def encode(self) -> bytes:
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Catalogs:
+        return msgspec.json.decode(data, type=cls)

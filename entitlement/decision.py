@@ -1,0 +1,274 @@
+"""One decision, as values: what is asked, what it costs, what the script is told and what it answers. Pure.
+
+Both processes use it: the gateway for live calls, ledger_sync for usage that did not pass the gateway.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from struct import Struct
+
+import msgspec
+
+from entitlement import keys
+from entitlement.errors import CorruptRecord
+from entitlement.identity import fingerprint, key_digest
+from entitlement.periods import DAY, HOUR, SECOND
+from entitlement.quantity import NANOS
+
+# The answer as consume.lua packs it, little-endian: an amount is 'IbI' = i5 I4, a quantity 'IHB' = I7,
+# a sequence 'IH' = I6.
+_HEAD = Struct("<BBBBI IH I IbI IbI")  # verdict reason failed flags epoch, sequence, version, available, settled
+_REST = Struct("<IbI IbI IbI")  # held, overage, gate: only when one of them is not zero
+_LINE = Struct("<IHB IbI")  # quantity, amount
+_QUOTA = Struct("<B IHB IHB IH")  # soft (255: no quota), used, limit, resets_ms
+_SHADOW, _FULL, _QUOTAS, _NONE = 1, 2, 4, 255
+_DECIDED, _REPLAYED = ord("="), ord("~")
+
+
+class Mode(IntEnum):
+    """Numbers as in gateway.proto."""
+
+    NORMAL = 1
+    BEST_EFFORT = 2
+    CHECK_ONLY = 3
+    ADJUST_ONLY = 4
+
+
+class Verdict(IntEnum):
+    """Numbers as in gateway.proto."""
+
+    ALLOW = 1
+    ALLOW_WITH_CAPS = 2
+    DENY = 3
+
+
+class Reason(IntEnum):
+    """Why a call was denied. Numbers as in gateway.proto."""
+
+    NONE = 0
+    CUSTOMER_NOT_FOUND = 1
+    SUBJECT_NOT_FOUND = 2
+    CUSTOMER_SUSPENDED = 3
+    FEATURE_NOT_FOUND = 4
+    NO_ENTITLEMENT = 5
+    INSUFFICIENT_CREDITS = 6
+    USAGE_LIMIT_REACHED = 7
+    ARREARS_GATE = 8
+    PRICE_UNKNOWN = 11
+    ACCOUNT_FROZEN = 15
+
+
+_VERDICTS = {int(verdict): verdict for verdict in Verdict}
+_REASONS = {int(reason): reason for reason in Reason}
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """Intervals on the hot store's clock, in milliseconds."""
+
+    oldest_ms: int = 35 * DAY
+    newest_ms: int = 300 * SECOND
+    remember_ms: int = HOUR  # how long a key's first answer is kept in the hot store
+
+
+class Line(msgspec.Struct, frozen=True, gc=False):
+    """Units of one feature; the dimensions pick the rate."""
+
+    feature: str
+    quantity: int
+    dimensions: tuple[tuple[str, str], ...] = ()  # sorted by name
+
+
+class Consume(msgspec.Struct, frozen=True, gc=False):
+    """A checked request. `payload` is what is journaled and what a repeated key is compared with."""
+
+    tenant: str
+    customer: str
+    subject: str
+    key: str
+    mode: Mode
+    event_ms: int  # 0: now
+    lines: tuple[Line, ...]
+    payload: bytes
+
+
+class Price(msgspec.Struct, frozen=True, gc=False):
+    """What one usage line is charged by: the meter it counts on, the compiled rate ('-': none), shadow or not."""
+
+    meter: str
+    rate: str
+    shadow: bool = False
+
+
+class Charge(msgspec.Struct, frozen=True, gc=False):
+    """A request's prices: of one version of one plan, in force in [from_ms, until_ms), until 0 = open."""
+
+    plan: str
+    version: int
+    from_ms: int
+    until_ms: int
+    prices: tuple[Price, ...]
+
+
+class QuotaState(msgspec.Struct, frozen=True, gc=False):
+    feature: str
+    used: int
+    limit: int
+    resets_ms: int
+    soft: bool
+
+
+class Charged(msgspec.Struct, frozen=True, gc=False):
+    quantity: int
+    amount: int
+
+
+class Decision(msgspec.Struct, frozen=True, gc=False):
+    """What was decided, with the balance after it. Amounts are nanos."""
+
+    verdict: Verdict
+    reason: Reason
+    failed_line: int  # index of the denied line, -1: none
+    shadow: bool
+    epoch: int
+    sequence: int
+    credit_type: str
+    available: int
+    held: int
+    settled: int
+    overage: int
+    gate: int
+    rate_version: str
+    charged: tuple[Charged, ...]
+    quotas: tuple[QuotaState, ...]
+    replayed: bool
+
+
+class NotLoaded(msgspec.Struct, frozen=True):
+    """The hot store does not have the account: ask for an install and try again."""
+
+
+class Mismatch(msgspec.Struct, frozen=True):
+    """The key was used before with another payload."""
+
+
+class Stale(msgspec.Struct, frozen=True):
+    """Priced by another plan or version than the account's at the store's time: price again by this one."""
+
+    plan: str
+    now_ms: int
+
+
+class OutOfTime(msgspec.Struct, frozen=True):
+    """The event's time is outside the accepted interval around the store's time."""
+
+    now_ms: int
+
+
+class OutOfRange(msgspec.Struct, frozen=True):
+    """A line's amount or cumulative quantity leaves the exact range."""
+
+    line: int
+
+
+Outcome = Decision | NotLoaded | Mismatch | Stale | OutOfTime | OutOfRange
+
+
+def consume_keys(request: Consume, partition: int) -> tuple[str, bytes, str]:
+    """KEYS of consume.lua."""
+    return (
+        keys.account(partition, request.tenant, request.customer),
+        keys.idempotency(partition, key_digest(request.tenant, request.customer, request.key)),
+        keys.journal(partition),
+    )
+
+
+def consume_arguments(request: Consume, charge: Charge, limits: Limits) -> list[str | bytes | int]:
+    """ARGV of consume.lua."""
+    arguments: list[str | bytes | int] = [
+        fingerprint(request.payload),
+        int(request.mode),
+        request.event_ms,
+        limits.oldest_ms,
+        limits.newest_ms,
+        limits.remember_ms,
+        charge.plan,
+        charge.version,
+        charge.from_ms,
+        charge.until_ms,
+        f"{request.tenant} {request.customer}",
+        request.payload,
+        len(request.lines),
+    ]
+    for line, price in zip(request.lines, charge.prices, strict=True):
+        arguments += (line.feature, price.meter, line.quantity, price.rate, "s" if price.shadow else "-")
+    return arguments
+
+
+def parse_outcome(reply: bytes, request: Consume) -> Outcome:
+    """What consume.lua returned, as a value."""
+    sign = reply[0]
+    if sign in (_DECIDED, _REPLAYED):
+        end = reply.index(0, 1)
+        return parse_answer(reply, end + 1, reply[1:end].decode(), request, replayed=sign == _REPLAYED)
+    word, *rest = reply[1:].decode("ascii").split(" ")
+    match word:
+        case "NOT_LOADED":
+            return NotLoaded()
+        case "MISMATCH":
+            return Mismatch()
+        case "STALE":
+            return Stale(rest[0], int(rest[1]))
+        case "TIME":
+            return OutOfTime(int(rest[0]))
+        case "RANGE":
+            return OutOfRange(int(rest[0]))
+    raise CorruptRecord(f"the hot store answered {reply[:40]!r}")
+
+
+def parse_answer(reply: bytes, at: int, credit_type: str, request: Consume, *, replayed: bool) -> Decision:
+    """The decision in a (stored) answer that starts at `at`."""
+    (verdict, reason, failed, flags, epoch, s0, s1, version, a0, a1, a2, t0, t1, t2) = _HEAD.unpack_from(reply, at)
+    at += _HEAD.size
+    held = overage = gate = 0
+    if flags & _FULL:
+        h0, h1, h2, o0, o1, o2, g0, g1, g2 = _REST.unpack_from(reply, at)
+        held, overage, gate = _nanos(h0, h1, h2), _nanos(o0, o1, o2), _nanos(g0, g1, g2)
+        at += _REST.size
+    count = reply[at]
+    at += 1
+    charged, quotas = [], {}
+    for index in range(count):
+        q0, q1, q2, c0, c1, c2 = _LINE.unpack_from(reply, at)
+        charged.append(Charged(q0 + (q1 << 32) + (q2 << 48), _nanos(c0, c1, c2)))
+        at += _LINE.size
+        if flags & _QUOTAS:
+            soft, u0, u1, u2, l0, l1, l2, r0, r1 = _QUOTA.unpack_from(reply, at)
+            at += _QUOTA.size
+            if soft != _NONE:
+                feature = request.lines[index].feature
+                used, limit = u0 + (u1 << 32) + (u2 << 48), l0 + (l1 << 32) + (l2 << 48)
+                quotas[feature] = QuotaState(feature, used, limit, r0 + (r1 << 32), soft == 1)
+    return Decision(
+        verdict=_VERDICTS[verdict],
+        reason=_REASONS[reason],
+        failed_line=-1 if failed == _NONE else failed,
+        shadow=bool(flags & _SHADOW),
+        epoch=epoch,
+        sequence=s0 + (s1 << 32),
+        credit_type=credit_type,
+        available=_nanos(a0, a1, a2),
+        held=held,
+        settled=_nanos(t0, t1, t2),
+        overage=overage,
+        gate=gate,
+        rate_version=str(version) if version else "",
+        charged=tuple(charged),
+        quotas=tuple(quotas.values()),
+        replayed=replayed,
+    )
+
+
+def _nanos(low: int, high: int, rest: int) -> int:
+    """An amount packed as i5 (32 bits and a signed byte) and I4."""
+    return (low + (high << 32)) * NANOS + rest

@@ -1,0 +1,39 @@
+"""Every Redis key in one place. All keys of a partition share its hash tag, so that one script may touch them together.
+
+A customer belongs to partition crc32(tenant NUL customer) mod P; P is fixed when a deployment is created.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+PARTITIONS = 64
+CATALOG = "ent:catalog"  # the encoded snapshot
+CATALOG_GENERATION = "ent:catalog:generation"  # counts up with every published snapshot
+LOADED_CHANNEL = "ent:loaded"  # "<tenant> <customer>" when an account was installed
+GROUP = "ledger"  # the consumer group on every journal stream
+
+
+def partition_of(tenant: str, customer: str, partitions: int = PARTITIONS) -> int:
+    """The partition that owns a customer's keys, for ever."""
+    return zlib.crc32(f"{tenant}\0{customer}".encode()) % partitions
+
+
+def account(partition: int, tenant: str, customer: str) -> str:
+    """Hash: one customer's hot state (fields: see entitlement.account)."""
+    return f"a:{{{partition}}}:{tenant}:{customer}"
+
+
+def idempotency(partition: int, digest: bytes) -> bytes:
+    """String: fingerprint and whole answer of one key, with a TTL."""
+    return b"i:{%d}:%b" % (partition, digest)
+
+
+def journal(partition: int) -> str:
+    """Stream: every change of every account of the partition, in order."""
+    return f"j:{{{partition}}}"
+
+
+def install_requests(partition: int) -> str:
+    """List: accounts ("<tenant> <customer>") that a gateway needs and the hot store does not have."""
+    return f"l:{{{partition}}}"

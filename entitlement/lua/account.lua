@@ -1,0 +1,144 @@
+-- The hot account, as entitlement/account.py lays it out, and the two things that happen to it without a request: a
+-- period ends (roll) and thresholds are crossed or recovered. Moving parts are packed (struct): text costs ten times more.
+local STATE, GRANT, HEADER = '<dddddddddddddddddds', '<ddddds', '<BBddddss'
+
+local function integer(x) return string.format('%d', x) end
+
+-- c: 'status billing plan credit_type entitled recurrence anchor credit_line gate_percent thresholds'
+local function read_config(c)
+  local a = {}
+  a.status, a.billing, a.plan, a.credit, a.entitled, a.rest = string.match(c, '^(%S) (%S) (%S+) (%S+) (%S+) (.*)$')
+  return a
+end
+
+-- What only a roll, a crossing or a ledger change asks for.
+local function read_terms(a)
+  if not a.recurrence then
+    a.recurrence, a.anchor, a.line, a.percent, a.thresholds = string.match(a.rest, '^(%S+) (%S+) (%S+) (%S+) (%S+)$')
+  end
+  return a
+end
+
+-- d: epoch sequence version period_start period_end, then pairs: settled held overage allowance gate next_crossing; then
+-- crossings and, zero-terminated, crossed ('80,90' or '-'). next_crossing: what settled must reach to cross a threshold.
+local function read_state(a, d)
+  a.epoch, a.sequence, a.version, a.from, a.to, a.sh, a.sl, a.hh, a.hl, a.oh, a.ol, a.ah, a.al, a.gh, a.gl, a.nh, a.nl,
+    a.crossings, a.crossed = struct.unpack(STATE, d)
+end
+
+local function write_state(a)
+  return struct.pack(STATE, a.epoch, a.sequence, a.version, a.from, a.to, a.sh, a.sl, a.hh, a.hl, a.oh, a.ol, a.ah, a.al,
+    a.gh, a.gl, a.nh, a.nl, a.crossings, a.crossed)
+end
+
+-- g: for each grant with something left, in burn order: no remaining(pair) effective expires, and zero-terminated features
+-- ('*' or ',a,b,'); expires 0 = never.
+local function read_grants(blob)
+  local grants, n, at, size = {}, 0, 1, #blob
+  while at <= size do
+    local g = {}
+    g.no, g.h, g.l, g.effective, g.expires, g.features, at = struct.unpack(GRANT, blob, at)
+    n = n + 1
+    grants[n] = g
+  end
+  return grants
+end
+
+-- A used-up grant leaves the blob; what restores it brings its attributes along.
+local function write_grants(grants)
+  local out = {}
+  for _, g in ipairs(grants) do
+    if g.h > 0 or g.l > 0 then out[#out + 1] = struct.pack(GRANT, g.no, g.h, g.l, g.effective, g.expires, g.features) end
+  end
+  return #out == 1 and out[1] or table.concat(out)
+end
+
+local function active(grant, at) return grant.effective <= at and (grant.expires == 0 or at < grant.expires) end
+
+local function covers(grant, feature)
+  return grant.features == '*' or string.find(grant.features, ',' .. feature .. ',', 1, true) ~= nil
+end
+
+local function available(a, grants, at)
+  local h, l = sub(0, 0, a.oh, a.ol)
+  h, l = sub(h, l, a.hh, a.hl)
+  for _, g in ipairs(grants) do
+    if active(g, at) then h, l = add(h, l, g.h, g.l) end
+  end
+  return h, l
+end
+
+-- gate = credit line + floor(percent * allowance / 100) - allowance: usage is denied beyond percent of the allowance.
+local function set_gate(a)
+  read_terms(a)
+  local h, l = 0, 0
+  if a.ah >= 0 then h, l = scale(a.ah, a.al, tonumber(a.percent), 100) end
+  h, l = sub(h, l, a.ah, a.al)
+  local ch, cl = num(a.line)
+  h, l = add(h, l, ch, cl)
+  if over(h, l) then h, l = 9223372036, 854775807 end
+  a.gh, a.gl = h, l
+end
+
+-- Compares what the period has used with each threshold. Returns 'percent+n,...' for those newly crossed and
+-- 'percent-n,...' for those that fell below again ('-' for none); n counts the cycle's crossings up. Sets next_crossing to
+-- the lowest threshold that is still ahead: ceil(percent * allowance / 100).
+local function cross(a)
+  read_terms(a)
+  local now, events, crossable = {}, {}, a.ah >= 0 and (a.ah > 0 or a.al > 0)
+  a.nh, a.nl = 9223372037, 0
+  for percent in string.gmatch(a.thresholds, '%d+') do
+    local was = string.find(',' .. a.crossed .. ',', ',' .. percent .. ',', 1, true) ~= nil
+    local is = false
+    if crossable then
+      local p = tonumber(percent)
+      local h, l = scale(a.ah, a.al, p, 100)
+      local rest = (a.ah * p - h * 100) * B + (a.al * p - l * 100)
+      if rest > 0 then h, l = add(h, l, 0, 1) end
+      is = not less(a.sh, a.sl, h, l)
+      if not is and less(h, l, a.nh, a.nl) then a.nh, a.nl = h, l end
+    end
+    if is then now[#now + 1] = percent end
+    if is and not was then
+      a.crossings = a.crossings + 1
+      events[#events + 1] = percent .. '+' .. integer(a.crossings)
+    elseif was and not is then
+      events[#events + 1] = percent .. '-' .. integer(a.crossings)
+    end
+  end
+  a.crossed = #now > 0 and table.concat(now, ',') or '-'
+  return #events > 0 and table.concat(events, ',') or '-'
+end
+
+-- One record a change, in the account's gap-free sequence. Layout: see entitlement/journal.py.
+local function journal(key, kind, who, a, now, crossings, body)
+  redis.call('XADD', key, '*', 'r',
+    struct.pack(HEADER, 1, kind, a.epoch, a.sequence, a.version, now, who, crossings) .. body)
+end
+
+-- The period is over: counters move to the archive, the cycle starts anew. ARREARS overage goes to the invoice; a
+-- prepaid debt stays. Journaled as its own record, so that the ledger turns the page at the same sequence.
+local function roll(key, stream, who, a, grants, now)
+  read_terms(a)
+  local ended, ch, cl = integer(a.from), 0, 0
+  a.from, a.to = period(tonumber(a.recurrence), tonumber(a.anchor), now)
+  if a.billing == 'A' then ch, cl = a.oh, a.ol; a.oh, a.ol = 0, 0 end
+  a.sh, a.sl, a.crossed, a.crossings = 0, 0, '-', 0
+  a.ah, a.al = num(a.line)
+  for _, g in ipairs(grants) do
+    if active(g, now) then a.ah, a.al = add(a.ah, a.al, g.h, g.l) end
+  end
+  if less(a.ah, a.al, a.oh, a.ol) then a.ah, a.al = 0, 0 else a.ah, a.al = sub(a.ah, a.al, a.oh, a.ol) end
+  set_gate(a)
+  cross(a)
+  a.sequence = a.sequence + 1
+  local fields = redis.call('HGETALL', key)
+  for i = 1, #fields, 2 do
+    if string.sub(fields[i], 1, 2) == 'u:' then
+      redis.call('HSET', key, 'U:' .. ended .. ':' .. string.sub(fields[i], 3), fields[i + 1])
+      redis.call('HDEL', key, fields[i])
+    end
+  end
+  redis.call('HSET', key, 'd', write_state(a))
+  journal(stream, 2, who, a, now, '-', struct.pack('<dddddd', a.from, a.to, ch, cl, a.ah, a.al))
+end

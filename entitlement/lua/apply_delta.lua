@@ -1,0 +1,113 @@
+-- Applies one ledger change (grant, void, contract, repair) to a live account: the whole static part is replaced, the
+-- moving part is adjusted by signed amounts, so that it commutes with decisions that happen meanwhile. One script: the
+-- change, its version, thresholds that it recovers or crosses, and its journal record have one fate.
+--
+-- KEYS  1 account (hash)   2 journal (stream)
+-- ARGV  1 version: applied only when it is the account's version + 1
+--       2 config (field c)
+--       3 every grant that shall exist, in burn order: 'no:adjustment:new:effective:expires:features;' (new: 1 = joins the
+--         cycle's allowance). A live grant that is not named is removed.
+--       4 settled adjustment   5 overage adjustment                                       signed nanos
+--       6 every quota that shall exist: 'feature limit soft recurrence anchor used-adjustment;'
+--       7 meter adjustments: 'meter units meter units'                                     signed units
+--       8 'tenant customer'
+-- Returns '!NOT_LOADED', '!GAP have' (not the next version; have = the live one), or '=' sequence.
+local fields = redis.call('HMGET', KEYS[1], 'c', 'd', 'g')
+if not fields[1] or fields[1] == 'missing' then return '!NOT_LOADED' end
+local old, a = read_terms(read_config(fields[1])), read_terms(read_config(ARGV[2]))
+read_state(a, fields[2])
+if tonumber(ARGV[1]) ~= a.version + 1 then return '!GAP ' .. integer(a.version) end
+
+local clock = redis.call('TIME')
+local now = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
+local live, order = {}, {}
+for _, g in ipairs(read_grants(fields[3])) do live[g.no] = g; order[#order + 1] = g.no end
+
+-- The period turns first, under the old contract, so that what follows adjusts the cycle it was meant for.
+if a.to > 0 and now >= a.to then
+  local grants = {}
+  for i, no in ipairs(order) do grants[i] = live[no] end
+  read_state(old, fields[2])
+  roll(KEYS[1], KEYS[2], ARGV[8], old, grants, now)
+  read_state(a, write_state(old))
+end
+a.version = tonumber(ARGV[1])
+
+local oh, ol = num(ARGV[5])
+a.oh, a.ol = add(a.oh, a.ol, oh, ol)
+local sh, sl = num(ARGV[4])
+a.sh, a.sl = add(a.sh, a.sl, sh, sl)
+local was_h, was_l = num(old.line)
+local line_h, line_l = num(a.line)
+a.ah, a.al = add(a.ah, a.al, line_h, line_l)
+a.ah, a.al = sub(a.ah, a.al, was_h, was_l)
+
+local grants, removed, reclassed, repaid = {}, {}, {}, {}
+for no, adjustment, new, effective, expires, features in string.gmatch(ARGV[3], '(%d+):(-?%d+):([01]):(%d+):(%d+):([^;]*);') do
+  no = tonumber(no)
+  local h, l = num(adjustment)
+  if new == '1' and (a.to == 0 or tonumber(effective) < a.to) then a.ah, a.al = add(a.ah, a.al, h, l) end
+  local g = live[no]
+  if g then h, l = add(h, l, g.h, g.l) end
+  live[no] = nil
+  if h < 0 then -- More was taken back than is left: the rest is overage.
+    local dh, dl = sub(0, 0, h, l)
+    a.oh, a.ol = add(a.oh, a.ol, dh, dl)
+    reclassed[#reclassed + 1] = struct.pack('<ddd', no, dh, dl)
+    h, l = 0, 0
+  end
+  grants[#grants + 1] = {no = no, h = h, l = l, effective = tonumber(effective), expires = tonumber(expires), features = features}
+end
+for _, no in ipairs(order) do
+  local g = live[no]
+  if g then
+    removed[#removed + 1] = struct.pack('<ddd', no, g.h, g.l)
+    if less(a.ah, a.al, g.h, g.l) then a.ah, a.al = 0, 0 else a.ah, a.al = sub(a.ah, a.al, g.h, g.l) end
+  end
+end
+-- A prepaid debt is repaid by what has been added; in arrears it waits for the invoice.
+if a.billing ~= 'A' then
+  for _, g in ipairs(grants) do
+    if a.oh < 0 or (a.oh == 0 and a.ol == 0) then break end
+    if (g.h > 0 or g.l > 0) and g.features == '*' and active(g, now) then
+      local take_h, take_l = a.oh, a.ol
+      if less(g.h, g.l, take_h, take_l) then take_h, take_l = g.h, g.l end
+      g.h, g.l = sub(g.h, g.l, take_h, take_l)
+      a.oh, a.ol = sub(a.oh, a.ol, take_h, take_l)
+      repaid[#repaid + 1] = struct.pack('<ddd', g.no, take_h, take_l)
+    end
+  end
+end
+set_gate(a)
+a.sequence = a.sequence + 1
+
+-- After this point it must succeed.
+local turned = old.recurrence ~= a.recurrence or old.anchor ~= a.anchor
+local crossings = cross(a)
+redis.call('HSET', KEYS[1], 'c', ARGV[2], 'd', write_state(a), 'g', write_grants(grants))
+local keep = {}
+for feature, limit, soft, recurrence, anchor, adjustment in string.gmatch(ARGV[6], '(%S+) (%d+) ([01]) (%d) (%d+) (-?%d+);') do
+  local field, used, from, to = 'q:' .. feature, 0, '0', '0'
+  keep[field] = true
+  local q = redis.call('HGET', KEYS[1], field)
+  local same = q and {string.match(q, '^%S+ %S+ (%S+) (%S+) (%S+) (%S+) (%S+)$')}
+  if same and same[1] == recurrence and same[2] == anchor then
+    used, from, to = tonumber(same[3]), same[4], same[5]
+  else
+    local window, resets = period(tonumber(recurrence), tonumber(anchor), now)
+    from, to = integer(window), integer(resets)
+  end
+  redis.call('HSET', KEYS[1], field, table.concat({limit, soft, recurrence, anchor, integer(used + tonumber(adjustment)), from, to}, ' '))
+end
+for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
+  if string.sub(field, 1, 2) == 'q:' and not keep[field] then redis.call('HDEL', KEYS[1], field) end
+end
+for meter, units in string.gmatch(ARGV[7], "(%S+) (-?%d+) ?") do redis.call('HINCRBY', KEYS[1], 'u:' .. meter, units) end
+local function list(items) return struct.pack('<I2', #items) .. table.concat(items) end
+local settled_h, settled_l = num(ARGV[4])
+local overage_h, overage_l = num(ARGV[5])
+journal(KEYS[2], 3, ARGV[8], a, now, crossings,
+  struct.pack('<ddddddddd', settled_h, settled_l, overage_h, overage_l, a.sh, a.sl, a.ah, a.al, a.from)
+    .. list(removed) .. list(reclassed) .. list(repaid))
+if turned then roll(KEYS[1], KEYS[2], ARGV[8], a, grants, now) end
+return '=' .. integer(a.sequence)

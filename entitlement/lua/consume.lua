@@ -1,0 +1,203 @@
+-- Decides one CheckAndConsume and, if it is granted, debits it. One script, one fate: idempotency record, balance,
+-- per-grant burn, meters, quotas, thresholds and the journal record change together or not at all. Everything is
+-- validated before the first write.
+--
+-- KEYS  1 account (hash)  2 idempotency record (string)  3 journal (stream)          all with the partition's hash tag
+-- ARGV  1 fingerprint (8 bytes)      2 mode: 1 normal, 2 best effort, 3 check only, 4 adjust only
+--       3 event time ms, 0 = now     4 oldest event, ms before now     5 newest event, ms after now
+--       6 memory of the key, ms      7 plan (rate card)     8 its version     9, 10 [from, until) ms of that version, until 0 = none
+--       11 'tenant customer'         12 the request, as journaled             13 number of usage lines
+--       then for each line: feature, meter, quantity, compiled rate or '-' (no price) or '!' (no such feature),
+--       's' (shadow) or '-'
+--       All numbers are plain decimal integers; the caller has checked them.
+-- Returns one string:
+--       '=' credit_type NUL answer (decided now)    '~' credit_type NUL answer (this key's first answer)
+--       '!NOT_LOADED'  '!MISMATCH'  '!STALE plan now'  '!TIME now'  '!RANGE line'
+-- answer: packed little-endian (see entitlement/decision.py): verdict reason failed flags, epoch, sequence, version, available,
+--       settled, [held overage gate], number of lines, each line's quantity and amount [and quota].
+--       An amount is its pair as i5 I4. At most 100 bytes with its key for one line, so that an hour of keys stays small.
+local ARGS, NONE = 13, 255
+
+local check = ARGV[2] == '3'
+local stored = not check and redis.call('GET', KEYS[2])
+if stored then
+  if string.sub(stored, 1, 8) ~= ARGV[1] then return '!MISMATCH' end
+  local c = redis.call('HGET', KEYS[1], 'c')
+  return '~' .. (c and string.match(c, '^%S %S %S+ (%S+)') or '') .. '\0' .. string.sub(stored, 9)
+end
+
+local n = tonumber(ARGV[13])
+local names = {'c', 'd', 'g', 'u:' .. ARGV[ARGS + 2], 'q:' .. ARGV[ARGS + 1]}
+for i = 2, n do
+  names[2 * i + 2] = 'u:' .. ARGV[ARGS + 5 * i - 3]
+  names[2 * i + 3] = 'q:' .. ARGV[ARGS + 5 * i - 4]
+end
+local fields = redis.call('HMGET', KEYS[1], unpack(names))
+if not fields[1] then return '!NOT_LOADED' end
+if fields[1] == 'missing' then return '=\0' .. struct.pack('<BBBBI4I6I4i5I4i5I4B', 3, 1, NONE, 0, 0, 0, 0, 0, 0, 0, 0, 0) end
+
+local a = read_config(fields[1])
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local event = tonumber(ARGV[3])
+if event == 0 then event = now
+elseif event < now - ARGV[4] or event > now + ARGV[5] then return '!TIME ' .. integer(now) end
+local at = math.min(event, now) -- An event a little ahead of this clock is decided as of now.
+local until_ = tonumber(ARGV[10])
+if a.plan ~= ARGV[7] or at < tonumber(ARGV[9]) or (until_ > 0 and at >= until_) then
+  return '!STALE ' .. a.plan .. ' ' .. integer(now)
+end
+
+read_state(a, fields[2])
+local grants = read_grants(fields[3])
+if a.to > 0 and now >= a.to then
+  roll(KEYS[1], KEYS[3], ARGV[11], a, grants, now)
+  for i = 1, n do fields[2 * i + 2] = false end
+end
+
+-- Usage of an earlier period counts on that period's meters, which a roll has archived.
+local started, prefix = a.from, 'u:'
+if at < a.from then
+  read_terms(a)
+  started = period(tonumber(a.recurrence), tonumber(a.anchor), at)
+  prefix = 'U:' .. integer(started) .. ':'
+  for i = 1, n do fields[2 * i + 2] = redis.call('HGET', KEYS[1], prefix .. ARGV[ARGS + 5 * i - 3]) end
+end
+
+local meters, quotas, limited = {}, {}, false
+for i = 1, n do
+  local feature, q = ARGV[ARGS + 5 * i - 4], fields[2 * i + 3]
+  meters[ARGV[ARGS + 5 * i - 3]] = tonumber(fields[2 * i + 2] or 0)
+  if q and not quotas[feature] then
+    local quota = {}
+    quota.limit, quota.soft, quota.recurrence, quota.anchor, quota.used, quota.from, quota.to =
+      string.match(q, '^(%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+)$')
+    for _, name in ipairs({'limit', 'used', 'from', 'to'}) do quota[name] = tonumber(quota[name]) end
+    if quota.recurrence ~= '1' and now >= quota.to then
+      quota.from, quota.to = period(tonumber(quota.recurrence), tonumber(quota.anchor), now)
+      quota.used = 0
+    end
+    quotas[feature], limited = quota, true
+  end
+end
+
+-- One line after the other, on local copies. `reject` gives a reason; ADJUST_ONLY and shadow features go on all the same.
+local adjust, best = ARGV[2] == '4', ARGV[2] == '2'
+local verdict, shadow, denied, failed, any, capped = 1, 0, nil, nil, false, nil
+local charged, burned = {}, {}
+local total_h, total_l, over_h, over_l = 0, 0, a.oh, a.ol
+
+local function reject(reason, line)
+  if adjust then return false end
+  if ARGV[ARGS + 5 * line] == 's' then shadow = 1; return false end
+  denied, failed = reason, line
+  return true
+end
+
+for i = 1, n do
+  local base = ARGS + 5 * i
+  local feature, meter, quantity, rate = ARGV[base - 4], ARGV[base - 3], tonumber(ARGV[base - 2]), ARGV[base - 1]
+  local caps = best and ARGV[base] ~= 's'
+  if a.status ~= 'A' then
+    if a.status == 'F' then denied, failed = 15, i; break end
+    if not adjust then denied, failed = 3, i; break end
+  end
+  if rate == '!' then denied, failed = 4, i; break end
+  if a.entitled ~= '*' and not string.find(a.entitled, ',' .. feature .. ',', 1, true) and reject(5, i) then break end
+  if rate == '-' then denied, failed = 11, i; break end
+  local quota = quotas[feature]
+  local counted = quota and at >= quota.from
+  if counted and quota.soft == '0' and quantity > quota.limit - quota.used then
+    if caps then quantity, verdict, capped = math.max(0, quota.limit - quota.used), 2, 7
+    elseif reject(7, i) then break end
+  end
+
+  local usable_h, usable_l = sub(a.gh, a.gl, over_h, over_l)
+  usable_h, usable_l = sub(usable_h, usable_l, a.hh, a.hl)
+  for _, g in ipairs(grants) do
+    if active(g, at) and covers(g, feature) then usable_h, usable_l = add(usable_h, usable_l, g.h, g.l) end
+  end
+  local before = meters[meter]
+  local h, l = amount(rate, before, quantity)
+  if h == nil then return '!RANGE ' .. integer(i - 1) end
+  if (h > 0 or l > 0) and less(usable_h, usable_l, h, l) then
+    local reason = a.billing == 'A' and 8 or 6
+    if caps then
+      quantity, verdict, capped = affordable(rate, before, quantity, usable_h, usable_l), 2, reason
+      h, l = amount(rate, before, quantity)
+    elseif reject(reason, i) then break end
+  end
+  if quantity > 0 then any = true end
+
+  -- Burn the grants in their order; what they do not cover is overage (grant number 0).
+  local parts, count, need_h, need_l = '', 0, h, l
+  for _, g in ipairs(grants) do
+    if need_h == 0 and need_l == 0 then break end
+    if (g.h > 0 or g.l > 0) and active(g, at) and covers(g, feature) then
+      local take_h, take_l = need_h, need_l
+      if less(g.h, g.l, need_h, need_l) then take_h, take_l = g.h, g.l end
+      g.h, g.l = sub(g.h, g.l, take_h, take_l)
+      need_h, need_l = sub(need_h, need_l, take_h, take_l)
+      parts, count = parts .. struct.pack('<ddd', g.no, take_h, take_l), count + 1
+    end
+  end
+  if need_h > 0 or need_l > 0 then
+    over_h, over_l = add(over_h, over_l, need_h, need_l)
+    parts, count = parts .. struct.pack('<ddd', 0, need_h, need_l), count + 1
+  end
+  total_h, total_l = add(total_h, total_l, h, l)
+  if over(over_h, over_l) or over(total_h, total_l) then return '!RANGE ' .. integer(i - 1) end
+  meters[meter] = before + quantity
+  if counted then quota.used = quota.used + quantity end
+  charged[i] = struct.pack('<I7i5I4', quantity, h, l)
+  burned[i] = struct.pack('<dddI2s', quantity, h, l, count, meter) .. parts
+end
+if capped and not any and not denied then denied, failed = capped, 1 end
+
+local function answer(balance_h, balance_l)
+  local full = a.hh ~= 0 or a.hl ~= 0 or a.oh ~= 0 or a.ol ~= 0 or a.gh ~= 0 or a.gl ~= 0
+  local flags = shadow + (full and 2 or 0) + (limited and 4 or 0)
+  local head = struct.pack('<BBBBI4I6I4i5I4i5I4', denied and 3 or verdict, denied or 0, failed and failed - 1 or NONE, flags, a.epoch,
+    a.sequence, tonumber(ARGV[8]), balance_h, balance_l, a.sh, a.sl)
+  if full then head = head .. struct.pack('<i5I4i5I4i5I4', a.hh, a.hl, a.oh, a.ol, a.gh, a.gl) end
+  local count = denied and 0 or n
+  if limited then
+    for i = 1, count do
+      local q = quotas[ARGV[ARGS + 5 * i - 4]]
+      charged[i] = charged[i] .. (q and struct.pack('<BI7I7I6', q.soft, q.used, q.limit, q.to) or struct.pack('<BI7I7I6', NONE, 0, 0, 0))
+    end
+  end
+  return head .. struct.pack('<B', count) .. (count == 1 and charged[1] or table.concat(charged, '', 1, count))
+end
+
+if denied or check then
+  return '=' .. a.credit .. '\0' .. answer(available(a, read_grants(fields[3]), now))
+end
+
+if at >= a.from then
+  total_h, total_l = add(a.sh, a.sl, total_h, total_l)
+  if over(total_h, total_l) then return '!RANGE 0' end
+  a.sh, a.sl = total_h, total_l
+end
+a.oh, a.ol = over_h, over_l
+a.sequence = a.sequence + 1
+local crossings = '-'
+if not less(a.sh, a.sl, a.nh, a.nl) then crossings = cross(a) end
+
+-- After this point it must succeed.
+local writes = {'d', write_state(a), 'g', write_grants(grants)}
+for meter, units in pairs(meters) do
+  writes[#writes + 1] = prefix .. meter
+  writes[#writes + 1] = integer(units)
+end
+for feature, q in pairs(quotas) do
+  writes[#writes + 1] = 'q:' .. feature
+  writes[#writes + 1] = table.concat({integer(q.limit), q.soft, q.recurrence, q.anchor, integer(q.used), integer(q.from), integer(q.to)}, ' ')
+end
+redis.call('HSET', KEYS[1], unpack(writes))
+journal(KEYS[3], 1, ARGV[11], a, now, crossings,
+  struct.pack('<ddBBdddddBsss', event, started, verdict, shadow, a.sh, a.sl, a.ah, a.al, a.from, n, a.credit, ARGV[7], ARGV[8])
+    .. (n == 1 and burned[1] or table.concat(burned)) .. ARGV[12])
+local result = answer(available(a, grants, now))
+redis.call('SET', KEYS[2], ARGV[1] .. result, 'PX', ARGV[6])
+return '=' .. a.credit .. '\0' .. result
