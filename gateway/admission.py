@@ -1,0 +1,90 @@
+"""THE hot path: price, decide and debit in one round trip, answer."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from entitlement.decision import Consume, Decision, Mismatch, NotLoaded, Outcome, OutOfRange, OutOfTime, Stale
+from entitlement.errors import IdempotencyMismatch, InvalidArgument, Overloaded, Unavailable
+from entitlement.quantity import MAX_CUMULATIVE, MAX_NANOS
+from gateway.catalog import Catalog
+from gateway.store.protocol import HotStore
+
+MAX_ATTEMPTS = 5  # decisions tried for one call: an install, a plan change and a price change may each need another
+
+
+class Loader(Protocol):
+    """Brings what the hot path finds missing."""
+
+    async def load(self, tenant: str, customer: str) -> None:
+        """Returns when the account may be there; raises Unavailable when it did not come in time."""
+        ...
+
+    async def refresh(self) -> None:
+        """Reads the catalogue again, now."""
+        ...
+
+
+class Admission:
+    """Decides calls. Holds no state but the number in flight."""
+
+    def __init__(self, store: HotStore, catalog: Catalog, loader: Loader, max_in_flight: int = 4096) -> None:
+        self._store = store
+        self._catalog = catalog
+        self._loader = loader
+        self._max_in_flight = max_in_flight
+        self.in_flight = 0
+
+    async def admit(self, request: Consume) -> Decision:
+        """The decision. What it granted is debited and journaled when this returns; a repeat gets the same answer.
+
+        Raises InvalidArgument and IdempotencyMismatch (nothing was charged), Overloaded (nothing was tried) and
+        Unavailable (unknown: retry with the same key). Cancelling is safe at any point for the same reason.
+        """
+        if self.in_flight >= self._max_in_flight:
+            raise Overloaded(
+                f"{self.in_flight} calls are in flight, the limit is {self._max_in_flight}; retry with the same key"
+            )
+        self.in_flight += 1
+        try:
+            outcome = await self._store.consume(request, self._catalog.price(request))
+            if type(outcome) is Decision:
+                return outcome
+            return await self._resolve(request, outcome)
+        finally:
+            self.in_flight -= 1
+
+    async def _resolve(self, request: Consume, outcome: Outcome) -> Decision:
+        """The rare ways: what the store could not decide is brought, and asked again."""
+        for _ in range(MAX_ATTEMPTS):
+            match outcome:
+                case Decision():
+                    return outcome
+                case NotLoaded():
+                    await self._loader.load(request.tenant, request.customer)
+                case Stale():
+                    self._catalog.learn(request, outcome)
+                    if not self._catalog.knows(outcome.plan):
+                        await self._loader.refresh()
+                case Mismatch() | OutOfTime() | OutOfRange():
+                    raise _refusal(request, outcome)
+            outcome = await self._store.consume(request, self._catalog.price(request))
+        if isinstance(outcome, Decision):
+            return outcome
+        raise Unavailable("the account or its prices kept changing while it was decided on; retry with the same key")
+
+
+def _refusal(request: Consume, outcome: Mismatch | OutOfTime | OutOfRange) -> IdempotencyMismatch | InvalidArgument:
+    match outcome:
+        case Mismatch():
+            return IdempotencyMismatch(request.key)
+        case OutOfTime(now_ms):
+            return InvalidArgument(
+                "event_time",
+                f"{request.event_ms} ms is outside 35 days before to 5 minutes after the store's {now_ms} ms",
+            )
+        case OutOfRange(line):
+            return InvalidArgument(
+                f"usage[{line}].quantity",
+                f"its amount leaves 0..{MAX_NANOS} nanos, or the period's total 0..{MAX_CUMULATIVE} units",
+            )

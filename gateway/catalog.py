@@ -1,0 +1,125 @@
+"""Prices calls from an immutable snapshot of the catalogue, swapped whole when a price changes. No I/O."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from entitlement.catalog import RateCard, Snapshot
+from entitlement.decision import Charge, Consume, Price, Stale
+from entitlement.rating import most_specific
+
+MAX_REMEMBERED_CHARGES = 20_000  # distinct shapes of usage lines per rate card version
+MAX_REMEMBERED_PLANS = 200_000  # customers whose plan is remembered
+
+_Shape = tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+NO_PLAN = "-"
+
+
+class _Version:
+    """One rate card version, compiled: the charge of every shape of usage lines seen so far."""
+
+    __slots__ = ("_card", "_charges", "_features", "_rates", "from_ms", "until_ms")
+
+    def __init__(self, card: RateCard, until_ms: int, snapshot: Snapshot) -> None:
+        self.from_ms, self.until_ms = card.effective_ms, until_ms
+        self._card = card
+        self._features = {feature.key: feature for feature in snapshot.features}
+        self._rates = {
+            key: tuple(rate for rate in card.rates if rate.feature == key) for key in {r.feature for r in card.rates}
+        }
+        self._charges: dict[_Shape, Charge] = {}
+
+    def holds(self, at_ms: int) -> bool:
+        return self.from_ms <= at_ms and (self.until_ms == 0 or at_ms < self.until_ms)
+
+    def charge(self, shape: _Shape) -> Charge:
+        charge = self._charges.get(shape)
+        if charge is None:
+            if len(self._charges) >= MAX_REMEMBERED_CHARGES:
+                self._charges.clear()
+            prices = tuple(self._price(feature, dict(dimensions)) for feature, dimensions in shape)
+            charge = Charge(self._card.id, self._card.version, self.from_ms, self.until_ms, prices)
+            self._charges[shape] = charge
+        return charge
+
+    def _price(self, key: str, dimensions: dict[str, str]) -> Price:
+        feature = self._features.get(key)
+        if feature is None:
+            return Price(key, "!")
+        rate = most_specific(self._rates.get(key, ()), dimensions)
+        return Price(key, "-", feature.shadow) if rate is None else Price(rate.meter, rate.compiled(), feature.shadow)
+
+
+class Catalog:
+    """The price of a call. Which plan a customer is on is learned from the store's STALE answers.
+
+    `clock` gives milliseconds; it is corrected by the store's own time whenever the store says that a price is stale.
+    """
+
+    def __init__(self, clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000) -> None:
+        self.generation = -1
+        self._clock = clock
+        self._offset_ms = 0
+        self._versions: dict[str, tuple[_Version, ...]] = {}
+        self._current: dict[str, _Version] = {}
+        self._known: frozenset[str] = frozenset()
+        self._plans: dict[tuple[str, str], str] = {}
+        self._likely = NO_PLAN
+
+    def swap(self, snapshot: Snapshot) -> None:
+        """Replaces the whole snapshot. Calls that are being priced finish with the one they started with."""
+        cards: dict[str, list[RateCard]] = {}
+        for card in sorted(snapshot.rate_cards, key=lambda card: (card.effective_ms, card.version)):
+            cards.setdefault(card.id, []).append(card)
+        self._versions = {plan: tuple(_compile(versions, snapshot)) for plan, versions in cards.items()}
+        self._current = {}
+        self._known = frozenset(feature.key for feature in snapshot.features)
+        self.generation = snapshot.generation
+        if self._likely not in self._versions:
+            self._likely = next(iter(self._versions), NO_PLAN)
+
+    def price(self, request: Consume) -> Charge:
+        """The charge by the version in force at the request's time, of the plan its customer is believed to be on."""
+        plan = self._plans.get((request.tenant, request.customer), self._likely)
+        at = request.event_ms or self._clock() + self._offset_ms
+        version = self._current.get(plan)
+        if version is None or not version.holds(at):
+            version = self._at(plan, at, keep=not request.event_ms)
+        shape = tuple([(line.feature, line.dimensions) for line in request.lines])
+        return self._unpriced(plan, at, shape) if version is None else version.charge(shape)
+
+    def learn(self, request: Consume, stale: Stale) -> None:
+        """Takes over what the store says: the customer's plan, and its time."""
+        if len(self._plans) >= MAX_REMEMBERED_PLANS:
+            self._plans.clear()
+        self._plans[request.tenant, request.customer] = self._likely = stale.plan
+        self._offset_ms = stale.now_ms - self._clock()
+
+    def knows(self, plan: str) -> bool:
+        return plan in self._versions
+
+    def _at(self, plan: str, at_ms: int, *, keep: bool) -> _Version | None:
+        for version in self._versions.get(plan, ()):
+            if version.holds(at_ms):
+                if keep:
+                    self._current[plan] = version
+                return version
+        return None
+
+    def _unpriced(self, plan: str, at_ms: int, shape: _Shape) -> Charge:
+        """No version is in force: the account decides on everything else and denies for want of a price."""
+        first = next((version.from_ms for version in self._versions.get(plan, ())), 0)
+        prices = tuple(Price(feature, "-" if feature in self._known else "!") for feature, _ in shape)
+        return Charge(plan, 0, 0, first if at_ms < first else 0, prices)
+
+
+def _compile(versions: list[RateCard], snapshot: Snapshot) -> list[_Version]:
+    """Versions in force one after the other; of two with the same start the later version counts."""
+    starts = [card.effective_ms for card in versions]
+    compiled = []
+    for index, card in enumerate(versions):
+        later = next((start for start in starts[index + 1 :] if start >= card.effective_ms), 0)
+        if later != card.effective_ms or index + 1 == len(versions):
+            compiled.append(_Version(card, later, snapshot))
+    return compiled

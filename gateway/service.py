@@ -1,0 +1,188 @@
+"""EntitlementGateway: protobuf to domain and back. No decisions here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import NoReturn
+
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from entitlement.account import Account, Quota
+from entitlement.decision import Consume, Decision, QuotaState
+from entitlement.errors import (
+    CorruptRecord,
+    EntitlementError,
+    IdempotencyMismatch,
+    InvalidArgument,
+    Overloaded,
+    Unavailable,
+)
+from entitlement.identity import check_id
+from entitlement.periods import period
+from entitlement.request import parse_consume
+from entitlement.v1 import gateway_pb2 as pb
+from entitlement.v1 import gateway_pb2_grpc as rpc
+from gateway.admission import Admission, Loader
+from gateway.store.protocol import HotStore, Sight
+
+WATCH_EVERY_S = 0.1
+WAIT_SEQUENCE_S = 5.0  # at most, for GetBalance(at_least_sequence); the caller's own deadline may end it sooner
+
+_STATUS: dict[type[EntitlementError], grpc.StatusCode] = {
+    InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+    IdempotencyMismatch: grpc.StatusCode.ALREADY_EXISTS,
+    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
+    CorruptRecord: grpc.StatusCode.DATA_LOSS,
+}
+
+
+class CustomerUnknown(EntitlementError):
+    """The ledger has no such customer, or it has no contract."""
+
+
+_STATUS[CustomerUnknown] = grpc.StatusCode.NOT_FOUND
+_Context = grpc.aio.ServicerContext[object, object]
+
+
+class GatewayService(rpc.EntitlementGatewayServicer):
+    """Serves one tenant: the caller's identity says which, never the request."""
+
+    def __init__(self, admission: Admission, store: HotStore, loader: Loader, tenant: str) -> None:
+        self._admission = admission
+        self._store = store
+        self._loader = loader
+        self._tenant = tenant
+
+    async def CheckAndConsume(
+        self, request: pb.CheckAndConsumeRequest, context: _Context
+    ) -> pb.CheckAndConsumeResponse:
+        try:
+            consume = parse_consume(self._tenant, request)
+            return response(consume, await self._admission.admit(consume))
+        except EntitlementError as error:
+            await refuse(context, error)
+
+    async def GetBalance(self, request: pb.GetBalanceRequest, context: _Context) -> pb.GetBalanceResponse:
+        try:
+            customer = self._asked(request)
+            async with asyncio.timeout(WAIT_SEQUENCE_S):
+                while True:
+                    account, now_ms = await self._account(customer)
+                    if account.sequence >= request.at_least_sequence:
+                        return balance_response(account, now_ms)
+                    await asyncio.sleep(WATCH_EVERY_S / 10)
+        except TimeoutError:
+            await context.abort(
+                grpc.StatusCode.UNAVAILABLE,
+                f"at_least_sequence: {request.at_least_sequence} was not reached within {WAIT_SEQUENCE_S:.0f} s",
+            )
+        except EntitlementError as error:
+            await refuse(context, error)
+
+    async def WatchBalance(
+        self, request: pb.GetBalanceRequest, context: _Context
+    ) -> AsyncIterator[pb.GetBalanceResponse]:
+        """The balance now, then whenever its place in the journal has moved."""
+        try:
+            customer, seen = self._asked(request), (-1, -1, -1)
+            while True:
+                account, now_ms = await self._account(customer)
+                place = (account.epoch, account.sequence, account.period_start)
+                if place != seen and account.sequence >= request.at_least_sequence:
+                    seen = place
+                    yield balance_response(account, now_ms)
+                await asyncio.sleep(WATCH_EVERY_S)
+        except EntitlementError as error:
+            await refuse(context, error)
+
+    def _asked(self, request: pb.GetBalanceRequest) -> str:
+        if request.subject:
+            check_id("subject", request.subject)
+        return check_id("customer", request.customer)
+
+    async def _account(self, customer: str) -> tuple[Account, int]:
+        sight = await self._store.read(self._tenant, customer)
+        if sight.account is None and not sight.missing:
+            await self._loader.load(self._tenant, customer)
+            sight = await self._store.read(self._tenant, customer)
+        if sight.account is None:
+            raise CustomerUnknown(f"customer: {customer!r} is not known")
+        return _as_of(sight.account, sight), sight.now_ms
+
+
+async def refuse(context: _Context, error: EntitlementError) -> NoReturn:
+    """Ends the call with the status of the error's kind."""
+    code = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+    await context.abort(code, str(error))
+    raise AssertionError("abort returns never")
+
+
+def response(request: Consume, decision: Decision) -> pb.CheckAndConsumeResponse:
+    """The decision on the wire."""
+    lines, version = request.lines, decision.rate_version
+    return pb.CheckAndConsumeResponse(
+        verdict=int(decision.verdict),  # type: ignore[arg-type]
+        reason=int(decision.reason),  # type: ignore[arg-type]
+        consumed=[
+            pb.Consumed(feature=line.feature, quantity=c.quantity, amount_nanos=c.amount, rate_card_version=version)
+            for line, c in zip(lines, decision.charged, strict=False)
+        ],
+        balance=pb.Balance(
+            credit_type=decision.credit_type,
+            available_nanos=decision.available,
+            held_nanos=decision.held,
+            settled_nanos=decision.settled,
+            overage_nanos=decision.overage,
+            gate_nanos=decision.gate,
+            quotas=[_quota(quota) for quota in decision.quotas],
+            epoch=decision.epoch,
+            sequence=decision.sequence,
+        ),
+        replayed=decision.replayed,
+        shadow=decision.shadow,
+        idempotency_key=request.key,
+        epoch=decision.epoch,
+        sequence=decision.sequence,
+        failed_feature=lines[decision.failed_line].feature if decision.failed_line >= 0 else "",
+    )
+
+
+def balance_response(account: Account, now_ms: int) -> pb.GetBalanceResponse:
+    quotas = [_state(quota.at(now_ms)) for _, quota in sorted(account.quotas.items())]
+    balance = pb.Balance(
+        credit_type=account.config.credit_type,
+        available_nanos=account.available(now_ms),
+        held_nanos=account.held,
+        settled_nanos=account.settled,
+        overage_nanos=account.overage,
+        gate_nanos=account.gate,
+        quotas=[_quota(quota) for quota in quotas],
+        epoch=account.epoch,
+        sequence=account.sequence,
+    )
+    return pb.GetBalanceResponse(balance=balance, as_of=_timestamp(now_ms))
+
+
+def _as_of(account: Account, sight: Sight) -> Account:
+    """The account in the period that holds the store's time: a period that ended without traffic shows as new."""
+    if account.period_end and sight.now_ms >= account.period_end:
+        config = account.config
+        account.period_start, account.period_end = period(config.recurrence, config.anchor_ms, sight.now_ms)
+        account.settled = 0
+    return account
+
+
+def _state(quota: Quota) -> QuotaState:
+    return QuotaState(quota.feature, quota.used, quota.limit, quota.end_ms, quota.soft)
+
+
+def _quota(quota: QuotaState) -> pb.Quota:
+    resets = _timestamp(quota.resets_ms) if quota.resets_ms else None
+    return pb.Quota(feature=quota.feature, used=quota.used, limit=quota.limit, soft=quota.soft, resets_at=resets)
+
+
+def _timestamp(ms: int) -> Timestamp:
+    return Timestamp(seconds=ms // 1000, nanos=ms % 1000 * 1_000_000)

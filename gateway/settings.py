@@ -1,0 +1,110 @@
+"""The gateway's settings: one frozen value from environment and file, unknown names refused."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import msgspec
+
+from entitlement.errors import InvalidArgument
+from entitlement.identity import check_id
+from entitlement.quantity import within
+
+PREFIX = "ENTITLEMENT_GATEWAY_"
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Each field is ENTITLEMENT_GATEWAY_<FIELD> in the environment and <field> in the file; the environment wins."""
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    listen: str = "127.0.0.1:8080"  # comma-separated: host:port (port 0: a free one) or unix:/path
+    tenant: str = "default"
+    partitions: int = 64  # fixed when a deployment is created, 1..1024
+    insecure: bool = False  # true: plaintext TCP beyond the loopback interface
+    reflection: bool = False
+    redis_timeout_ms: int = 250  # 1..60000: no answer within it is UNAVAILABLE
+    load_timeout_ms: int = 1_000  # 1..60000: how long a call waits for its account to be loaded
+    remember_ms: int = 3_600_000  # 60000..86400000: how long a key's first answer is kept in the hot store
+    max_in_flight: int = 4_096  # 1..1000000 decisions; beyond it RESOURCE_EXHAUSTED
+    max_message_bytes: int = 4_194_304  # 1024..67108864
+    drain_ms: int = 5_000  # 0..600000: how long calls in flight may finish after SIGTERM
+    log_level: str = "info"
+
+    def __repr__(self) -> str:
+        """Without what may hold a secret."""
+        shown = {name: getattr(self, name) for name in self.__struct_fields__ if name != "redis_url"}
+        rest = ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        return f"Settings(redis_url='***@{_location(self.redis_url)}', {rest})"
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(address.strip() for address in self.listen.split(",") if address.strip())
+
+
+def load(environment: Mapping[str, str] | None = None) -> Settings:
+    """Settings from ENTITLEMENT_GATEWAY_* and the TOML file that ENTITLEMENT_GATEWAY_FILE names.
+
+    Raises InvalidArgument, which names the setting, its problem and what is expected; never its secret.
+    """
+    environment = os.environ if environment is None else environment
+    given = {name.removeprefix(PREFIX).lower(): value for name, value in environment.items() if name.startswith(PREFIX)}
+    file = given.pop("file", "")
+    values: dict[str, object] = dict(_read(file)) if file else {}
+    values |= given
+    known = Settings.__struct_fields__
+    for name in values:
+        if name not in known:
+            raise InvalidArgument(name, f"is not a setting; known are {', '.join(known)}, file")
+    try:
+        settings = msgspec.convert(values, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        raise InvalidArgument("settings", str(error)) from None
+    return _checked(settings)
+
+
+def _read(file: str) -> dict[str, object]:
+    try:
+        return tomllib.loads(Path(file).read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidArgument("file", f"{file!r} cannot be read as TOML: {error}") from None
+
+
+def _checked(settings: Settings) -> Settings:
+    check_id("tenant", settings.tenant)
+    within("partitions", settings.partitions, 1, 1_024)
+    within("redis_timeout_ms", settings.redis_timeout_ms, 1, 60_000)
+    within("load_timeout_ms", settings.load_timeout_ms, 1, 60_000)
+    within("remember_ms", settings.remember_ms, 60_000, 86_400_000)
+    within("max_in_flight", settings.max_in_flight, 1, 1_000_000)
+    within("max_message_bytes", settings.max_message_bytes, 1_024, 67_108_864)
+    within("drain_ms", settings.drain_ms, 0, 600_000)
+    if settings.log_level not in ("debug", "info", "warning", "error"):
+        raise InvalidArgument("log_level", f"{settings.log_level!r} is not one of debug, info, warning, error")
+    if not settings.addresses:
+        raise InvalidArgument("listen", "is empty; expected host:port or unix:/path, comma-separated")
+    for address in settings.addresses:
+        _check_address(address, insecure=settings.insecure)
+    return settings
+
+
+def _check_address(address: str, *, insecure: bool) -> None:
+    if address.startswith("unix:/"):
+        return
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
+        raise InvalidArgument("listen", f"{address!r} is not host:port (port 0..65535) or unix:/path")
+    if host not in ("127.0.0.1", "localhost", "[::1]") and not insecure:
+        raise InvalidArgument(
+            "listen",
+            f"{address!r} would serve plaintext beyond this machine; "
+            "use a loopback or unix:/ address, or say insecure = true",
+        )
+
+
+def _location(url: str) -> str:
+    parts = urlsplit(url)
+    return parts.hostname or parts.path

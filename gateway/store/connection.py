@@ -1,0 +1,197 @@
+"""One pipelined connection to Redis: a loop turn's commands leave in one write, answers come back in order.
+
+No request object, no pool, no timer per command. Each turn's commands share one deadline. A cancelled or overdue call
+keeps its place in the queue of answers: its answer, when it comes, is dropped and never handed to another caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from typing import cast
+from urllib.parse import unquote, urlsplit
+
+import hiredis
+import msgspec
+
+from entitlement.errors import InvalidArgument, Unavailable
+
+Reply = bytes | int | list["Reply"] | None
+Argument = str | bytes | int
+
+
+def pack(*arguments: Argument) -> bytes:
+    """One command as Redis reads it."""
+    return hiredis.pack_command(arguments)  # type: ignore[arg-type, no-any-return]
+
+
+class StoreError(Exception):
+    """Redis answered a command with an error, such as 'NOSCRIPT ...'."""
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """Where Redis is. The password is kept out of every text made of this value."""
+
+    host: str = ""
+    port: int = 6379
+    path: str = ""  # of a Unix socket; then host and port do not count
+    username: str = ""
+    password: str = ""
+    database: int = 0
+    tls: bool = False
+
+    @classmethod
+    def parse(cls, url: str, field: str = "redis_url") -> Endpoint:
+        """redis://[user:password@]host[:port][/db], rediss:// (TLS) or unix:///path."""
+        parts = urlsplit(url)
+        username, password = unquote(parts.username or ""), unquote(parts.password or "")
+        if parts.scheme == "unix" and parts.path:
+            return cls(path=parts.path, username=username, password=password)
+        database = parts.path.lstrip("/") or "0"
+        if parts.scheme not in ("redis", "rediss") or not parts.hostname or not database.isdigit():
+            raise InvalidArgument(
+                field, "expected redis://[user:password@]host[:port][/db], rediss://... or unix:///path"
+            )
+        tls, number = parts.scheme == "rediss", int(database)
+        return cls(parts.hostname, parts.port or 6379, "", username, password, number, tls)
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self})"
+
+    def __str__(self) -> str:
+        return f"unix://{self.path}" if self.path else f"{self.host}:{self.port}/{self.database}"
+
+
+class Connection(asyncio.Protocol):
+    """A live connection. `call` is the only way in; after `lost` every call raises Unavailable at once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, timeout_ms: int) -> None:
+        self.lost: asyncio.Future[None] = loop.create_future()
+        self._loop = loop
+        self._timeout = timeout_ms / 1000
+        self._reader = hiredis.Reader(replyError=StoreError, protocolError=Unavailable)
+        self._waiting: deque[asyncio.Future[Reply]] = deque()  # in the order of their answers
+        self._turn: list[bytes] = []  # commands of this loop turn, not yet written
+        self._turn_futures: list[asyncio.Future[Reply]] = []
+        self._deadlines: deque[tuple[float, list[asyncio.Future[Reply]]]] = deque()
+        self._watch: asyncio.TimerHandle | None = None
+        self._transport: asyncio.WriteTransport | None = None
+        self._blocked = False
+
+    def call(self, command: bytes) -> asyncio.Future[Reply]:
+        """Sends a packed command with its neighbours of this loop turn; the future is its answer.
+
+        Raises (through the future) StoreError for an error answer and Unavailable when the deadline passes or the
+        connection is lost: then the outcome is unknown.
+        """
+        future: asyncio.Future[Reply] = self._loop.create_future()
+        if self._transport is None:
+            future.set_exception(Unavailable("hot store: not connected"))
+            return future
+        if not self._turn and not self._blocked:
+            self._loop.call_soon(self._flush)
+        self._turn.append(command)
+        self._turn_futures.append(future)
+        return future
+
+    def close(self) -> None:
+        """Ends the connection; what is in flight becomes Unavailable. May be called twice."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._waiting) + len(self._turn)
+
+    def _flush(self) -> None:
+        if not self._turn or self._transport is None:
+            return
+        futures, commands = self._turn_futures, self._turn
+        self._turn_futures, self._turn = [], []
+        self._waiting.extend(futures)
+        self._deadlines.append((self._loop.time() + self._timeout, futures))
+        if self._watch is None:
+            self._watch = self._loop.call_later(self._timeout, self._expire)
+        self._transport.write(commands[0] if len(commands) == 1 else b"".join(commands))
+
+    def _expire(self) -> None:
+        """Fails what is overdue. The connection stays: a late answer finds its place and is dropped."""
+        now, deadlines = self._loop.time(), self._deadlines
+        while deadlines and deadlines[0][0] <= now:
+            for future in deadlines.popleft()[1]:
+                if not future.done():
+                    future.set_exception(
+                        Unavailable(
+                            f"hot store: no answer within {self._timeout * 1000:.0f} ms; the outcome is unknown"
+                        )
+                    )
+        while deadlines and deadlines[0][1][-1].done():
+            deadlines.popleft()
+        self._watch = self._loop.call_at(deadlines[0][0], self._expire) if deadlines else None
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's own class is not a subclass.
+
+    def data_received(self, data: bytes) -> None:
+        reader, waiting = self._reader, self._waiting
+        reader.feed(data)
+        try:
+            while waiting or reader.has_data():
+                reply = reader.gets()
+                if reply is False:
+                    return
+                future = waiting.popleft()
+                if future.done():
+                    continue
+                if isinstance(reply, StoreError):
+                    future.set_exception(reply)
+                else:
+                    future.set_result(reply)
+        except (Unavailable, IndexError):  # Not RESP, or an answer that nobody asked for: nothing here can be trusted.
+            self.close()
+
+    def pause_writing(self) -> None:
+        self._blocked = True
+
+    def resume_writing(self) -> None:
+        self._blocked = False
+        self._flush()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        if self._watch is not None:
+            self._watch.cancel()
+        for future in (*self._waiting, *self._turn_futures):
+            if not future.done():
+                future.set_exception(Unavailable("hot store: connection lost; the outcome is unknown"))
+        self._waiting.clear()
+        self._turn.clear()
+        self._turn_futures.clear()
+        self._deadlines.clear()
+        if not self.lost.done():
+            self.lost.set_result(None)
+
+
+async def connect(endpoint: Endpoint, timeout_ms: int, context: ssl.SSLContext | None = None) -> Connection:
+    """A connection that is authenticated and on its database. Raises Unavailable; the text holds no secret."""
+    loop = asyncio.get_running_loop()
+    connection = Connection(loop, timeout_ms)
+    try:
+        async with asyncio.timeout(timeout_ms / 1000 + 1):
+            if endpoint.path:
+                await loop.create_unix_connection(lambda: connection, endpoint.path)
+            else:
+                tls = (context or ssl.create_default_context()) if endpoint.tls else None
+                await loop.create_connection(lambda: connection, endpoint.host, endpoint.port, ssl=tls)
+            if endpoint.password:
+                user = (endpoint.username,) if endpoint.username else ()
+                await connection.call(pack("AUTH", *user, endpoint.password))
+            if endpoint.database:
+                await connection.call(pack("SELECT", endpoint.database))
+    except (OSError, StoreError, TimeoutError, Unavailable) as error:
+        connection.close()
+        raise Unavailable(f"hot store at {endpoint}: {type(error).__name__}: {error}") from None
+    return connection

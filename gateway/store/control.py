@@ -1,0 +1,143 @@
+"""The gateway's second, quiet connection: the catalogue, and news of installed accounts."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from entitlement import keys
+from entitlement.catalog import Catalogs, Snapshot
+from entitlement.errors import Unavailable
+from gateway.store.protocol import HotStore
+
+CATALOG_POLL_S = 0.25  # a price change reaches running traffic within this and a round trip
+ASK_AGAIN_S = 0.25
+BACKOFF_MOST_S = 1.0
+_log = structlog.get_logger(__name__)
+
+
+class Control:
+    """Keeps the catalogue current and loads accounts, one flight for each. Start and stop may be repeated."""
+
+    def __init__(
+        self,
+        url: str,
+        store: HotStore,
+        *,
+        tenant: str,
+        swap: Callable[[Snapshot], None],
+        load_timeout_ms: int = 1_000,
+    ) -> None:
+        self._redis = Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0)
+        self._store = store
+        self._tenant = tenant
+        self._swap = swap
+        self._load_timeout = load_timeout_ms / 1000
+        self._generation: bytes | None = None
+        self._refreshing = asyncio.Lock()
+        self._waiting: dict[tuple[str, str], asyncio.Event] = {}
+        self._flights: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self.current = asyncio.Event()  # a catalogue has been read
+
+    async def start(self) -> None:
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(self._watch_catalog()), asyncio.create_task(self._listen())]
+
+    async def stop(self) -> None:
+        tasks, self._tasks = self._tasks + list(self._flights.values()), []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._redis.aclose()
+
+    async def refresh(self) -> None:
+        async with self._refreshing:
+            try:
+                await self._read_catalog()
+            except (RedisError, OSError) as error:
+                raise Unavailable(f"catalogue: {type(error).__name__}") from None
+
+    async def load(self, tenant: str, customer: str) -> None:
+        """Asks the ledger's side for an account and waits for it, at most load_timeout_ms."""
+        account = (tenant, customer)
+        flight = self._flights.get(account)
+        if flight is None:
+            flight = asyncio.create_task(self._fly(account))
+            self._flights[account] = flight
+            flight.add_done_callback(lambda task: self._land(account, task))
+        await asyncio.shield(flight)
+
+    def _land(self, account: tuple[str, str], flight: asyncio.Task[None]) -> None:
+        self._flights.pop(account, None)
+        if not flight.cancelled():
+            flight.exception()  # Seen here when every caller has gone.
+
+    async def _fly(self, account: tuple[str, str]) -> None:
+        arrived = self._waiting.setdefault(account, asyncio.Event())
+        try:
+            async with asyncio.timeout(self._load_timeout):
+                while True:
+                    await self._store.ask_install(*account)
+                    try:
+                        async with asyncio.timeout(ASK_AGAIN_S):
+                            await arrived.wait()
+                        return
+                    except TimeoutError:
+                        # The news may have been lost with a connection: the store itself knows.
+                        sight = await self._store.read(*account)
+                        if sight.account is not None or sight.missing:
+                            return
+        except TimeoutError:
+            raise Unavailable(
+                f"customer {account[1]!r} is not loaded and did not come within {self._load_timeout * 1000:.0f} ms; "
+                "retry with the same key"
+            ) from None
+        finally:
+            self._waiting.pop(account, None)
+
+    async def _watch_catalog(self) -> None:
+        while True:
+            try:
+                await self.refresh()
+                pause = CATALOG_POLL_S
+            except Unavailable as error:
+                _log.warning("catalogue not read", error=str(error))
+                pause = BACKOFF_MOST_S * (0.5 + random.random() / 2)  # noqa: S311 - jitter
+            await asyncio.sleep(pause)
+
+    async def _read_catalog(self) -> None:
+        generation = await self._redis.get(keys.CATALOG_GENERATION)
+        if not isinstance(generation, bytes) or generation == self._generation:
+            return
+        data = await self._redis.get(keys.CATALOG)
+        if not isinstance(data, bytes):
+            return
+        mine = next((s for s in Catalogs.decode(data).tenants if s.tenant == self._tenant), Snapshot(self._tenant, 0))
+        self._swap(mine)
+        self._generation = generation
+        self.current.set()
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                async with self._redis.pubsub(ignore_subscribe_messages=True) as news:
+                    await news.subscribe(keys.LOADED_CHANNEL)
+                    while True:
+                        message = await news.get_message(timeout=1.0)
+                        if message is not None:
+                            self._arrived(bytes(message["data"]))
+            except (RedisError, OSError) as error:
+                _log.warning("news of accounts interrupted", error=type(error).__name__)
+                await asyncio.sleep(BACKOFF_MOST_S * random.random())  # noqa: S311 - jitter
+
+    def _arrived(self, data: bytes) -> None:
+        tenant, _, customer = data.decode().partition(" ")
+        arrived = self._waiting.get((tenant, customer))
+        if arrived is not None:
+            arrived.set()

@@ -1,0 +1,37 @@
+"""The narrow contract of the hot store. One suite, tests/contract/test_hot_store.py, runs on every implementation."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from entitlement.account import Account
+from entitlement.decision import Charge, Consume, Outcome
+
+
+class Sight(msgspec.Struct, frozen=True):
+    """What the store holds of one customer, at its own time. `account` None: not loaded, or `missing` in the ledger."""
+
+    account: Account | None
+    missing: bool
+    now_ms: int
+
+
+class HotStore(Protocol):
+    """Holds accounts and decides on them. Raises Unavailable when the outcome is unknown or the store is away."""
+
+    async def consume(self, request: Consume, charge: Charge) -> Outcome:
+        """Decides and debits atomically: idempotency, balance, meters, quotas, thresholds and journal, or nothing.
+
+        Safe to repeat with the same key: the first answer comes back with `replayed` set.
+        """
+        ...
+
+    async def read(self, tenant: str, customer: str) -> Sight:
+        """The account as it is now. Changes nothing."""
+        ...
+
+    async def ask_install(self, tenant: str, customer: str) -> None:
+        """Asks the ledger's side to load an account that is not here."""
+        ...

@@ -1,0 +1,1 @@
+"""The same servicers, served over different transports."""
