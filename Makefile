@@ -1,0 +1,66 @@
+# `make demo` and `make test` are all a fresh clone needs: both build .venv first, and again only when its pins change.
+
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check format proto lock bench bench-quick clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+venv: .venv/.project  ## the virtual environment, from pinned and hashed packages
+	@:
+
+demo: venv  ## the whole path on this machine, verified to the nano
+	@$(BIN)/python -m gateway.cli demo $(ARGS)
+
+test: venv  ## the tests; ARGS="-k name -x" goes to pytest
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: venv  ## style, types, import rules, freshness of generated code
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy --strict
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python .ci/stubs.py --check
+
+format: venv  ## formats and sorts imports
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+proto: venv  ## entitlement/v1 from proto/
+	$(BIN)/python .ci/stubs.py
+
+lock: venv  ## .ci/requirements.txt from pyproject.toml; ARGS=--upgrade for newer versions
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --extra dev --constraint .ci/constraints.txt \
+		--universal --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet \
+		--output-file .ci/requirements.txt $(ARGS)
+
+bench: venv  ## the measurements, whole
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+bench-quick: venv  ## the measurements, in a few minutes
+	@$(BIN)/python -m benchmarks --quick $(ARGS)
+
+clean:  ## back to a fresh clone; data folders stay
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are touched only after a whole install, so an interrupted one is done again.
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "Python 3.11 or newer is needed and $(PYTHON) is not: try make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+.venv/.requirements: .ci/requirements.txt | .venv/bin/python
+	@echo "Installing pinned packages into .venv (under a minute)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<
+	@touch $@
+
+.venv/.project: pyproject.toml .venv/.requirements
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
