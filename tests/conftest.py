@@ -1,0 +1,62 @@
+"""Servers and seeds that every kind of test may ask for."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import pytest
+import redis
+
+from tests.servers import PostgresProcess, ValkeyProcess
+
+Server = TypeVar("Server")
+
+
+def start_or_skip(start: Callable[[], Server]) -> Server:
+    """Starts a server. One that is not installed skips the test on a desk and fails it in CI."""
+    try:
+        return start()
+    except ModuleNotFoundError as missing:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"a server the tests need is absent: {missing}")
+        pytest.skip(f"not installed: {missing}")
+
+
+@pytest.fixture(scope="session")
+def valkey_server() -> Iterator[ValkeyProcess]:
+    with start_or_skip(ValkeyProcess) as server:
+        yield server
+
+
+@pytest.fixture
+def valkey_url(valkey_server: ValkeyProcess) -> str:
+    """An empty hot store, shared by the whole run: a test that kills or fills it starts its own ValkeyProcess."""
+    with redis.Redis.from_url(valkey_server.url) as client:
+        client.flushall()
+        client.function_flush()
+        client.script_flush()
+    return valkey_server.url
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresProcess]:
+    # Tests end processes, not machines: the page cache survives, and without fsync a database is made in milliseconds.
+    with start_or_skip(lambda: PostgresProcess({"fsync": "off"})) as server:
+        yield server
+
+
+@pytest.fixture
+def database_dsn(postgres_server: PostgresProcess) -> str:
+    """A fresh, empty database."""
+    return postgres_server.create_database()
+
+
+@pytest.fixture
+def seed() -> int:
+    """TEST_SEED, or a random number; pytest shows the line when the test fails."""
+    value = int(os.environ.get("TEST_SEED") or random.SystemRandom().randrange(2**32))
+    print(f"seed {value}: run again with TEST_SEED={value}")
+    return value
