@@ -192,7 +192,7 @@ class Account(msgspec.Struct):
             return None
         try:
             return cls._decode(fields)
-        except (ValueError, KeyError, struct.error) as error:
+        except (ValueError, KeyError, OverflowError, struct.error) as error:
             raise CorruptRecord(f"hot account does not decode: {error}") from None
 
     @classmethod

@@ -21,7 +21,7 @@ from entitlement.quantity import NANOS
 _HEAD = Struct("<BBBBI IH I IbI IbI")  # verdict reason failed flags epoch, sequence, version, available, settled
 _REST = Struct("<IbI IbI IbI")  # held, overage, gate: only when one of them is not zero
 _LINE = Struct("<IHB IbI")  # quantity, amount
-_QUOTA = Struct("<B IHB IHB IH")  # soft (255: no quota), used, limit, resets_ms
+_QUOTA = Struct("<B IHb IHB IH")  # soft (255: no quota), used (below zero after a repair), limit, resets_ms
 _SHADOW, _FULL, _QUOTAS, _NONE = 1, 2, 4, 255
 _DECIDED, _REPLAYED = ord("="), ord("~")
 

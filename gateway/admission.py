@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from entitlement.decision import Consume, Decision, Mismatch, NotLoaded, Outcome, OutOfRange, OutOfTime, Stale
-from entitlement.errors import IdempotencyMismatch, InvalidArgument, Overloaded, Unavailable
+from entitlement.errors import EntitlementError, IdempotencyMismatch, InvalidArgument, Overloaded, Unavailable
 from entitlement.quantity import MAX_CUMULATIVE, MAX_NANOS
 from gateway.catalog import Catalog
 from gateway.store.protocol import HotStore
@@ -53,6 +54,33 @@ class Admission:
             return await self._resolve(request, outcome)
         finally:
             self.in_flight -= 1
+
+    async def admit_many(self, requests: Sequence[Consume]) -> list[Decision | EntitlementError]:
+        """Each request's own decision or refusal, in order; neighbours share one round trip and nothing else.
+
+        Raises Overloaded (nothing was tried) and Unavailable (unknown for every one: retry with the same keys).
+        """
+        if self.in_flight + len(requests) > self._max_in_flight:
+            raise Overloaded(
+                f"{self.in_flight} calls are in flight and {len(requests)} more would pass the limit "
+                f"{self._max_in_flight}; retry with the same keys"
+            )
+        self.in_flight += len(requests)
+        try:
+            price = self._catalog.price
+            outcomes = await self._store.consume_many([(request, price(request)) for request in requests])
+            return [
+                outcome if type(outcome) is Decision else await self._or_error(request, outcome)
+                for request, outcome in zip(requests, outcomes, strict=True)
+            ]
+        finally:
+            self.in_flight -= len(requests)
+
+    async def _or_error(self, request: Consume, outcome: Outcome) -> Decision | EntitlementError:
+        try:
+            return await self._resolve(request, outcome)
+        except EntitlementError as error:
+            return error
 
     async def _resolve(self, request: Consume, outcome: Outcome) -> Decision:
         """The rare ways: what the store could not decide is brought, and asked again."""

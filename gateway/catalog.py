@@ -82,7 +82,9 @@ class Catalog:
     def price(self, request: Consume) -> Charge:
         """The charge by the version in force at the request's time, of the plan its customer is believed to be on."""
         plan = self._plans.get((request.tenant, request.customer), self._likely)
-        at = request.event_ms or self._clock() + self._offset_ms
+        at = self._clock() + self._offset_ms
+        if 0 < request.event_ms < at:  # An event a little ahead is decided as of now, here as in the store.
+            at = request.event_ms
         version = self._current.get(plan)
         if version is None or not version.holds(at):
             version = self._at(plan, at, keep=not request.event_ms)

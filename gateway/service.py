@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import NoReturn
 
 import grpc
@@ -25,8 +25,11 @@ from entitlement.request import parse_consume
 from entitlement.v1 import gateway_pb2 as pb
 from entitlement.v1 import gateway_pb2_grpc as rpc
 from gateway.admission import Admission, Loader
+from gateway.flow import Flow
 from gateway.store.protocol import HotStore, Sight
 
+MAX_BATCH = 1_000
+MAX_STREAM_IN_FLIGHT = 1_000  # undecided requests of one stream
 WATCH_EVERY_S = 0.1
 WAIT_SEQUENCE_S = 5.0  # at most, for GetBalance(at_least_sequence); the caller's own deadline may end it sooner
 
@@ -64,6 +67,51 @@ class GatewayService(rpc.EntitlementGatewayServicer):
             return response(consume, await self._admission.admit(consume))
         except EntitlementError as error:
             await refuse(context, error)
+
+    async def CheckAndConsumeBatch(
+        self, request: pb.CheckAndConsumeBatchRequest, context: _Context
+    ) -> pb.CheckAndConsumeBatchResponse:
+        try:
+            if not 1 <= len(request.requests) <= MAX_BATCH:
+                raise InvalidArgument("requests", f"has {len(request.requests)} requests; expected 1..{MAX_BATCH}")
+            return pb.CheckAndConsumeBatchResponse(responses=await self._decide(request.requests))
+        except EntitlementError as error:
+            await refuse(context, error)
+
+    async def _decide(self, requests: Sequence[pb.CheckAndConsumeRequest]) -> list[pb.CheckAndConsumeResponse]:
+        """Every request's own answer, in order: a decision, or the error that its single call would have had."""
+        parsed = [self._parsed(request) for request in requests]
+        good = [consume for consume in parsed if isinstance(consume, Consume)]
+        decided = iter(await self._admission.admit_many(good) if good else ())
+        answers = []
+        for request, consume in zip(requests, parsed, strict=True):
+            outcome = next(decided) if isinstance(consume, Consume) else consume
+            if isinstance(consume, Consume) and isinstance(outcome, Decision):
+                answers.append(response(consume, outcome))
+            else:
+                assert isinstance(outcome, EntitlementError)
+                answers.append(_failed(request, outcome))
+        return answers
+
+    def _parsed(self, request: pb.CheckAndConsumeRequest) -> Consume | EntitlementError:
+        try:
+            return parse_consume(self._tenant, request)
+        except EntitlementError as error:
+            return error
+
+    async def CheckAndConsumeStream(
+        self, request_iterator: AsyncIterator[pb.CheckAndConsumeRequest], context: _Context
+    ) -> AsyncIterator[pb.CheckAndConsumeResponse]:
+        """Answers as they are decided, matched by key. At most MAX_STREAM_IN_FLIGHT are open; then reading waits."""
+        flow = Flow(self._answer, MAX_STREAM_IN_FLIGHT)
+        async for answer in flow.run(request_iterator):
+            yield answer
+
+    async def _answer(self, requests: Sequence[pb.CheckAndConsumeRequest]) -> list[pb.CheckAndConsumeResponse]:
+        try:
+            return await self._decide(requests)
+        except EntitlementError as error:
+            return [_failed(request, error) for request in requests]
 
     async def GetBalance(self, request: pb.GetBalanceRequest, context: _Context) -> pb.GetBalanceResponse:
         try:
@@ -113,10 +161,18 @@ class GatewayService(rpc.EntitlementGatewayServicer):
         return _as_of(sight.account, sight), sight.now_ms
 
 
+def _failed(request: pb.CheckAndConsumeRequest, error: EntitlementError) -> pb.CheckAndConsumeResponse:
+    problem = pb.CallError(code=status_of(error).value[0], message=str(error))
+    return pb.CheckAndConsumeResponse(idempotency_key=request.idempotency_key, error=problem)
+
+
+def status_of(error: EntitlementError) -> grpc.StatusCode:
+    return next((code for kind, code in _STATUS.items() if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+
+
 async def refuse(context: _Context, error: EntitlementError) -> NoReturn:
     """Ends the call with the status of the error's kind."""
-    code = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
-    await context.abort(code, str(error))
+    await context.abort(status_of(error), str(error))
     raise AssertionError("abort returns never")
 
 

@@ -6,13 +6,13 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import msgspec
 
 from entitlement.errors import InvalidArgument
 from entitlement.identity import check_id
-from entitlement.quantity import within
+from entitlement.quantity import parse_integer, within
+from gateway.store.connection import Endpoint
 
 PREFIX = "ENTITLEMENT_GATEWAY_"
 
@@ -24,7 +24,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     listen: str = "127.0.0.1:8080"  # comma-separated: host:port (port 0: a free one) or unix:/path
     tenant: str = "default"
     partitions: int = 64  # fixed when a deployment is created, 1..1024
+    transport: str = "auto"  # envoy, grpcio; auto: envoy where pyvoy and libpython are there
     insecure: bool = False  # true: plaintext TCP beyond the loopback interface
+    tls_cert: str = ""  # PEM files; with both, TCP addresses serve TLS
+    tls_key: str = ""
+    tls_client_ca: str = ""  # with it, callers must show a certificate of this authority
     reflection: bool = False
     redis_timeout_ms: int = 250  # 1..60000: no answer within it is UNAVAILABLE
     load_timeout_ms: int = 1_000  # 1..60000: how long a call waits for its account to be loaded
@@ -45,6 +49,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return tuple(address.strip() for address in self.listen.split(",") if address.strip())
 
 
+_NUMBERS = {field.name for field in msgspec.structs.fields(Settings) if field.type is int}
+
+
 def load(environment: Mapping[str, str] | None = None) -> Settings:
     """Settings from ENTITLEMENT_GATEWAY_* and the TOML file that ENTITLEMENT_GATEWAY_FILE names.
 
@@ -59,6 +66,9 @@ def load(environment: Mapping[str, str] | None = None) -> Settings:
     for name in values:
         if name not in known:
             raise InvalidArgument(name, f"is not a setting; known are {', '.join(known)}, file")
+    for name in _NUMBERS & values.keys():
+        if isinstance(text := values[name], str):
+            values[name] = parse_integer(name, text, -(10**19), 10**19)
     try:
         settings = msgspec.convert(values, Settings, strict=False)
     except msgspec.ValidationError as error:
@@ -74,6 +84,7 @@ def _read(file: str) -> dict[str, object]:
 
 
 def _checked(settings: Settings) -> Settings:
+    Endpoint.parse(settings.redis_url)
     check_id("tenant", settings.tenant)
     within("partitions", settings.partitions, 1, 1_024)
     within("redis_timeout_ms", settings.redis_timeout_ms, 1, 60_000)
@@ -84,27 +95,35 @@ def _checked(settings: Settings) -> Settings:
     within("drain_ms", settings.drain_ms, 0, 600_000)
     if settings.log_level not in ("debug", "info", "warning", "error"):
         raise InvalidArgument("log_level", f"{settings.log_level!r} is not one of debug, info, warning, error")
+    if settings.transport not in ("auto", "envoy", "grpcio"):
+        raise InvalidArgument("transport", f"{settings.transport!r} is not one of auto, envoy, grpcio")
+    if bool(settings.tls_cert) != bool(settings.tls_key):
+        raise InvalidArgument("tls_cert", "and tls_key go together: set both or neither")
+    if settings.tls_client_ca and not settings.tls_cert:
+        raise InvalidArgument("tls_client_ca", "needs tls_cert and tls_key")
     if not settings.addresses:
         raise InvalidArgument("listen", "is empty; expected host:port or unix:/path, comma-separated")
     for address in settings.addresses:
-        _check_address(address, insecure=settings.insecure)
+        _check_address(address, safe=settings.insecure or bool(settings.tls_cert))
     return settings
 
 
-def _check_address(address: str, *, insecure: bool) -> None:
+def _check_address(address: str, *, safe: bool) -> None:
     if address.startswith("unix:/"):
         return
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
         raise InvalidArgument("listen", f"{address!r} is not host:port (port 0..65535) or unix:/path")
-    if host not in ("127.0.0.1", "localhost", "[::1]") and not insecure:
+    if host not in ("127.0.0.1", "localhost", "[::1]") and not safe:
         raise InvalidArgument(
             "listen",
             f"{address!r} would serve plaintext beyond this machine; "
-            "use a loopback or unix:/ address, or say insecure = true",
+            "set tls_cert and tls_key, use a loopback or unix:/ address, or say insecure = true",
         )
 
 
 def _location(url: str) -> str:
-    parts = urlsplit(url)
-    return parts.hostname or parts.path
+    try:
+        return str(Endpoint.parse(url))
+    except InvalidArgument:
+        return "?"

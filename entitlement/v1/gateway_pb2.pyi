@@ -233,6 +233,7 @@ class CheckAndConsumeResponse(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
     FAILED_FEATURE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
     verdict: Global___Verdict.ValueType
     reason: Global___Reason.ValueType
     replayed: _builtins.bool
@@ -255,6 +256,10 @@ class CheckAndConsumeResponse(_message.Message):
     def balance(self) -> Global___Balance: ...
     @_builtins.property
     def retry_after(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def error(self) -> Global___CallError:
+        """Batch and Stream only: this request was not decided, its neighbours were"""
+
     def __init__(
         self,
         *,
@@ -270,14 +275,40 @@ class CheckAndConsumeResponse(_message.Message):
         epoch: _builtins.int = ...,
         sequence: _builtins.int = ...,
         failed_feature: _builtins.str = ...,
+        error: Global___CallError | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "retry_after", b"retry_after"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "error", b"error", "retry_after", b"retry_after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "consumed", b"consumed", "degraded", b"degraded", "epoch", b"epoch", "failed_feature", b"failed_feature", "idempotency_key", b"idempotency_key", "reason", b"reason", "replayed", b"replayed", "retry_after", b"retry_after", "sequence", b"sequence", "shadow", b"shadow", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "consumed", b"consumed", "degraded", b"degraded", "epoch", b"epoch", "error", b"error", "failed_feature", b"failed_feature", "idempotency_key", b"idempotency_key", "reason", b"reason", "replayed", b"replayed", "retry_after", b"retry_after", "sequence", b"sequence", "shadow", b"shadow", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CheckAndConsumeResponse: _TypeAlias = CheckAndConsumeResponse  # noqa: Y015
+
+@_typing.final
+class CallError(_message.Message):
+    """What the status of a single call would have been."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    code: _builtins.int
+    """google.rpc.Code"""
+    message: _builtins.str
+    def __init__(
+        self,
+        *,
+        code: _builtins.int = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CallError: _TypeAlias = CallError  # noqa: Y015
 
 @_typing.final
 class Consumed(_message.Message):

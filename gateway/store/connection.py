@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 import hiredis
@@ -19,6 +20,8 @@ from entitlement.errors import InvalidArgument, Unavailable
 
 Reply = bytes | int | list["Reply"] | None
 Argument = str | bytes | int
+_Slot = asyncio.Future[Any]
+SILENCE_TIMEOUTS = 10
 
 
 def pack(*arguments: Argument) -> bytes:
@@ -44,23 +47,33 @@ class Endpoint(msgspec.Struct, frozen=True):
     @classmethod
     def parse(cls, url: str, field: str = "redis_url") -> Endpoint:
         """redis://[user:password@]host[:port][/db], rediss:// (TLS) or unix:///path."""
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+            port = parts.port or 6379
+        except ValueError:  # Its text may hold what was meant to be the password.
+            raise _no_endpoint(field) from None
         username, password = unquote(parts.username or ""), unquote(parts.password or "")
         if parts.scheme == "unix" and parts.path:
             return cls(path=parts.path, username=username, password=password)
         database = parts.path.lstrip("/") or "0"
-        if parts.scheme not in ("redis", "rediss") or not parts.hostname or not database.isdigit():
-            raise InvalidArgument(
-                field, "expected redis://[user:password@]host[:port][/db], rediss://... or unix:///path"
-            )
+        if parts.scheme not in ("redis", "rediss") or not parts.hostname or not _is_number(database):
+            raise _no_endpoint(field)
         tls, number = parts.scheme == "rediss", int(database)
-        return cls(parts.hostname, parts.port or 6379, "", username, password, number, tls)
+        return cls(parts.hostname, port, "", username, password, number, tls)
 
     def __repr__(self) -> str:
         return f"Endpoint({self})"
 
     def __str__(self) -> str:
         return f"unix://{self.path}" if self.path else f"{self.host}:{self.port}/{self.database}"
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def _no_endpoint(field: str) -> InvalidArgument:
+    return InvalidArgument(field, "expected redis://[user:password@]host[:port][/db], rediss://... or unix:///path")
 
 
 class Connection(asyncio.Protocol):
@@ -71,12 +84,14 @@ class Connection(asyncio.Protocol):
         self._loop = loop
         self._timeout = timeout_ms / 1000
         self._reader = hiredis.Reader(replyError=StoreError, protocolError=Unavailable)
-        self._waiting: deque[asyncio.Future[Reply]] = deque()  # in the order of their answers
+        self._waiting: deque[tuple[_Slot, int]] = deque()  # in the order of their answers; 0: one answer, else a list
+        self._gathered: list[Reply | StoreError] = []  # answers so far of the first in `_waiting`, when it wants a list
         self._turn: list[bytes] = []  # commands of this loop turn, not yet written
-        self._turn_futures: list[asyncio.Future[Reply]] = []
-        self._deadlines: deque[tuple[float, list[asyncio.Future[Reply]]]] = deque()
+        self._turn_slots: list[tuple[_Slot, int]] = []
+        self._deadlines: deque[tuple[float, list[tuple[_Slot, int]]]] = deque()
         self._watch: asyncio.TimerHandle | None = None
         self._transport: asyncio.WriteTransport | None = None
+        self._heard = 0.0  # when the server last said something, or was first asked after a rest
         self._blocked = False
 
     def call(self, command: bytes) -> asyncio.Future[Reply]:
@@ -86,14 +101,23 @@ class Connection(asyncio.Protocol):
         connection is lost: then the outcome is unknown.
         """
         future: asyncio.Future[Reply] = self._loop.create_future()
+        self._queue(future, command, 0)
+        return future
+
+    def call_many(self, commands: Sequence[bytes]) -> asyncio.Future[list[Reply | StoreError]]:
+        """Sends commands together; one future for all their answers, in order. An error answer stands among them."""
+        future: asyncio.Future[list[Reply | StoreError]] = self._loop.create_future()
+        self._queue(future, b"".join(commands), len(commands))
+        return future
+
+    def _queue(self, future: _Slot, command: bytes, answers: int) -> None:
         if self._transport is None:
             future.set_exception(Unavailable("hot store: not connected"))
-            return future
+            return
         if not self._turn and not self._blocked:
             self._loop.call_soon(self._flush)
         self._turn.append(command)
-        self._turn_futures.append(future)
-        return future
+        self._turn_slots.append((future, answers))
 
     def close(self) -> None:
         """Ends the connection; what is in flight becomes Unavailable. May be called twice."""
@@ -107,28 +131,37 @@ class Connection(asyncio.Protocol):
     def _flush(self) -> None:
         if not self._turn or self._transport is None:
             return
-        futures, commands = self._turn_futures, self._turn
-        self._turn_futures, self._turn = [], []
-        self._waiting.extend(futures)
-        self._deadlines.append((self._loop.time() + self._timeout, futures))
+        if not self._waiting:
+            self._heard = self._loop.time()
+        slots, commands = self._turn_slots, self._turn
+        self._turn_slots, self._turn = [], []
+        self._waiting.extend(slots)
+        self._deadlines.append((self._loop.time() + self._timeout, slots))
         if self._watch is None:
             self._watch = self._loop.call_later(self._timeout, self._expire)
         self._transport.write(commands[0] if len(commands) == 1 else b"".join(commands))
 
     def _expire(self) -> None:
-        """Fails what is overdue. The connection stays: a late answer finds its place and is dropped."""
+        """Fails what is overdue. The connection stays: a late answer finds its place and is dropped.
+
+        Only a server that has been silent for SILENCE_TIMEOUTS deadlines is given up and connected to anew.
+        """
         now, deadlines = self._loop.time(), self._deadlines
+        if self._waiting and now - self._heard > SILENCE_TIMEOUTS * self._timeout:
+            self.close()
+            return
         while deadlines and deadlines[0][0] <= now:
-            for future in deadlines.popleft()[1]:
+            for future, _ in deadlines.popleft()[1]:
                 if not future.done():
                     future.set_exception(
                         Unavailable(
                             f"hot store: no answer within {self._timeout * 1000:.0f} ms; the outcome is unknown"
                         )
                     )
-        while deadlines and deadlines[0][1][-1].done():
+        while deadlines and deadlines[0][1][-1][0].done():
             deadlines.popleft()
-        self._watch = self._loop.call_at(deadlines[0][0], self._expire) if deadlines else None
+        due = deadlines[0][0] if deadlines else now + self._timeout
+        self._watch = self._loop.call_at(due, self._expire) if self._waiting else None
 
     # asyncio.Protocol
 
@@ -137,13 +170,20 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         reader, waiting = self._reader, self._waiting
+        self._heard = self._loop.time()
         reader.feed(data)
         try:
             while waiting or reader.has_data():
                 reply = reader.gets()
                 if reply is False:
                     return
-                future = waiting.popleft()
+                future, answers = waiting[0]
+                if answers:
+                    self._gathered.append(reply)
+                    if len(self._gathered) < answers:
+                        continue
+                    reply, self._gathered = self._gathered, []
+                waiting.popleft()
                 if future.done():
                     continue
                 if isinstance(reply, StoreError):
@@ -164,12 +204,13 @@ class Connection(asyncio.Protocol):
         self._transport = None
         if self._watch is not None:
             self._watch.cancel()
-        for future in (*self._waiting, *self._turn_futures):
+        for future, _ in (*self._waiting, *self._turn_slots):
             if not future.done():
                 future.set_exception(Unavailable("hot store: connection lost; the outcome is unknown"))
         self._waiting.clear()
         self._turn.clear()
-        self._turn_futures.clear()
+        self._turn_slots.clear()
+        self._gathered.clear()
         self._deadlines.clear()
         if not self.lost.done():
             self.lost.set_result(None)

@@ -5,7 +5,7 @@ Mirrors entitlement/lua/consume.lua line by line; the contract suite and the sta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 
 import msgspec
@@ -78,6 +78,9 @@ class MemoryStore:
     async def ask_install(self, tenant: str, customer: str) -> None:
         self.asked.append((tenant, customer))
 
+    async def consume_many(self, calls: Sequence[tuple[Consume, Charge]]) -> list[Outcome]:
+        return [await self.consume(request, charge) for request, charge in calls]
+
     async def consume(self, request: Consume, charge: Charge) -> Outcome:
         now, identity = self._clock(), (request.tenant, request.customer, request.key)
         mark = fingerprint(request.payload)
@@ -99,13 +102,13 @@ class MemoryStore:
         attempt = _Attempt(request, charge, deepcopy(live), now, event, at)
         try:
             attempt.run()
+            record = None if request.mode is Mode.CHECK_ONLY else attempt.commit()
         except _Denied as denied:
             return _answer(request, charge, live, now, attempt, denied)
         except _OverBound as bound:
             return OutOfRange(bound.line)
-        if request.mode is Mode.CHECK_ONLY:
+        if record is None:
             return _answer(request, charge, live, now, attempt, None)
-        record = attempt.commit()
         self.accounts[request.tenant, request.customer] = attempt.account
         self.journal.append(journal.encode(record))
         decision = _answer(request, charge, attempt.account, now, attempt, None)
@@ -140,6 +143,7 @@ class _Attempt:
             if account.settled > MAX_NANOS:
                 raise _OverBound(0)
         account.sequence += 1
+        account.grants = [grant for grant in account.grants if grant.remaining]
         crossings = cross(account)
         return Consumed(
             tenant=request.tenant,

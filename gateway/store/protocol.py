@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -26,6 +27,10 @@ class HotStore(Protocol):
 
         Safe to repeat with the same key: the first answer comes back with `replayed` set.
         """
+        ...
+
+    async def consume_many(self, calls: Sequence[tuple[Consume, Charge]]) -> list[Outcome]:
+        """Each call's own decision, in order, in one round trip. The calls share no fate."""
         ...
 
     async def read(self, tenant: str, customer: str) -> Sight:

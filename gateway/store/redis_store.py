@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -64,21 +64,35 @@ class RedisStore:
             self._up.clear()
 
     async def consume(self, request: Consume, charge: Charge) -> Outcome:
-        partition = keys.partition_of(request.tenant, request.customer, self._partitions)
-        rest = (3, *consume_keys(request, partition), *consume_arguments(request, charge, self._limits))
         try:
-            reply = await self._call(pack("EVALSHA", self._sha, *rest))
+            reply = await self._call(pack("EVALSHA", self._sha, *self._arguments(request, charge)))
         except StoreError as error:
-            reply = await self._again(error, rest)
-        if not isinstance(reply, bytes):
-            raise CorruptRecord(f"the hot store answered a {type(reply).__name__}, not a text")
-        return parse_outcome(reply, request)
+            reply = await self._again(error, request, charge)
+        return _outcome(reply, request)
 
-    async def _again(self, error: StoreError, rest: tuple[Argument, ...]) -> Reply:
+    async def consume_many(self, calls: Sequence[tuple[Consume, Charge]]) -> list[Outcome]:
+        if not calls:
+            return []
+        if self._connection is None:
+            raise Unavailable("hot store: not connected")
+        commands = [pack("EVALSHA", self._sha, *self._arguments(request, charge)) for request, charge in calls]
+        replies = await self._connection.call_many(commands)
+        outcomes = []
+        for reply, (request, charge) in zip(replies, calls, strict=True):
+            if isinstance(reply, StoreError):
+                reply = await self._again(reply, request, charge)
+            outcomes.append(_outcome(reply, request))
+        return outcomes
+
+    def _arguments(self, request: Consume, charge: Charge) -> tuple[Argument, ...]:
+        partition = keys.partition_of(request.tenant, request.customer, self._partitions)
+        return (3, *consume_keys(request, partition), *consume_arguments(request, charge, self._limits))
+
+    async def _again(self, error: StoreError, request: Consume, charge: Charge) -> Reply:
         """Redis forgot the script: send it whole, once. Any other error answer means nothing was decided."""
         if not str(error).startswith("NOSCRIPT"):
             raise Unavailable(f"hot store: {error}") from None
-        return await self._command("EVAL", self._consume, *rest)
+        return await self._command("EVAL", self._consume, *self._arguments(request, charge))
 
     async def read(self, tenant: str, customer: str) -> Sight:
         partition = keys.partition_of(tenant, customer, self._partitions)
@@ -132,3 +146,9 @@ class RedisStore:
                 _log.warning("hot store away", error=str(error), retry_in_s=round(pause, 3))
                 await asyncio.sleep(pause * (0.5 + self._jitter()))
                 pause = min(2 * pause, BACKOFF_MOST_S)
+
+
+def _outcome(reply: Reply, request: Consume) -> Outcome:
+    if not isinstance(reply, bytes):
+        raise CorruptRecord(f"the hot store answered a {type(reply).__name__}, not a text")
+    return parse_outcome(reply, request)

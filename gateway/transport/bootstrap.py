@@ -1,0 +1,108 @@
+"""Envoy's bootstrap for hosting the gateway: listeners, TLS, HTTP/2 limits, an admin socket for this user only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeAlias
+
+import pyvoy
+
+from gateway.settings import Settings
+
+Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | bool"
+
+APP = "gateway.transport.hosted:app"
+MAX_STREAMS = 2_048  # of one connection at a time
+MAX_HEADERS_KB = 16
+BUFFER_BYTES = 1_048_576  # of one connection; beyond it the peer is held back
+STREAM_WINDOW_BYTES = 262_144
+_TYPE = "type.googleapis.com/envoy.extensions"
+
+
+def bootstrap(settings: Settings, folder: Path) -> Json:
+    """The whole configuration. `folder` holds the admin socket and must be private."""
+    return {
+        "admin": {"address": {"pipe": {"path": str(folder / "admin.sock"), "mode": 0o600}}},
+        "static_resources": {
+            "listeners": [_listener(f"{index}", address, settings) for index, address in enumerate(settings.addresses)]
+        },
+    }
+
+
+def _listener(name: str, address: str, settings: Settings) -> Json:
+    chain: dict[str, Json] = {"filters": [_connection_manager()]}
+    if address.startswith("unix:"):
+        where: Json = {"pipe": {"path": address.removeprefix("unix:"), "mode": 0o660}}
+    else:
+        host, _, port = address.rpartition(":")
+        where = {
+            "socket_address": {"address": host.strip("[]").replace("localhost", "127.0.0.1"), "port_value": int(port)}
+        }
+        if settings.tls_cert:
+            chain["transport_socket"] = _tls(settings)
+    return {
+        "name": name,
+        "address": where,
+        "per_connection_buffer_limit_bytes": BUFFER_BYTES,
+        "filter_chains": [chain],
+    }
+
+
+def _connection_manager() -> Json:
+    return {
+        "name": "envoy.filters.network.http_connection_manager",
+        "typed_config": {
+            "@type": f"{_TYPE}.filters.network.http_connection_manager.v3.HttpConnectionManager",
+            "stat_prefix": "gateway",
+            "codec_type": "AUTO",
+            "generate_request_id": False,
+            "stream_idle_timeout": "0s",
+            "max_request_headers_kb": MAX_HEADERS_KB,
+            "common_http_protocol_options": {"idle_timeout": "3600s", "max_headers_count": 100},
+            "http2_protocol_options": {
+                "max_concurrent_streams": MAX_STREAMS,
+                "initial_stream_window_size": STREAM_WINDOW_BYTES,
+                "initial_connection_window_size": BUFFER_BYTES,
+                "connection_keepalive": {"interval": "30s", "timeout": "10s"},
+            },
+            "route_config": {"virtual_hosts": [{"name": "gateway", "domains": ["*"]}]},
+            "http_filters": [_python()],
+        },
+    }
+
+
+def _python() -> Json:
+    module = next(Path(pyvoy.__file__).parent.glob("_pyvoy*.so"))
+    return {
+        "name": "pyvoy",
+        "typed_config": {
+            "@type": f"{_TYPE}.filters.http.dynamic_modules.v3.DynamicModuleFilter",
+            "dynamic_module_config": {"module": {"local": {"filename": str(module)}}},
+            "filter_name": "pyvoy",
+            "terminal_filter": True,
+            "filter_config": {
+                "@type": "type.googleapis.com/google.protobuf.StringValue",
+                "value": f'{{"app": "{APP}", "interface": "asgi", "root_path": "", "lifespan": true}}',
+            },
+        },
+    }
+
+
+def _tls(settings: Settings) -> Json:
+    common: dict[str, Json] = {
+        "alpn_protocols": ["h2", "http/1.1"],
+        "tls_certificates": [
+            {"certificate_chain": {"filename": settings.tls_cert}, "private_key": {"filename": settings.tls_key}}
+        ],
+        "tls_params": {"tls_minimum_protocol_version": "TLSv1_2"},
+    }
+    if settings.tls_client_ca:
+        common["validation_context"] = {"trusted_ca": {"filename": settings.tls_client_ca}}
+    return {
+        "name": "envoy.transport_sockets.tls",
+        "typed_config": {
+            "@type": f"{_TYPE}.transport_sockets.tls.v3.DownstreamTlsContext",
+            "require_client_certificate": bool(settings.tls_client_ca),
+            "common_tls_context": common,
+        },
+    }

@@ -1,0 +1,60 @@
+"""The ASGI application that Envoy hosts: `gateway.transport.hosted:app`, configured by ENTITLEMENT_GATEWAY_*.
+
+Envoy runs an event loop for each listener. Each has a core of its own, from the lifespan's startup to its shutdown, kept
+in the lifespan's state, which every call of that listener sees.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from entitlement.errors import EntitlementError
+from gateway import telemetry
+from gateway.process import Core
+from gateway.settings import Settings, load
+from gateway.transport.asgi import GrpcApp
+from gateway.transport.asgi_context import Event, Receive, Send
+from gateway.transport.asgi_json import JsonApp
+
+
+class Doors:
+    """gRPC and JSON on one port, before one core."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.core = Core(settings)
+        self.grpc = GrpcApp(settings.max_message_bytes)
+        self.json = JsonApp(self.grpc, settings.max_message_bytes)
+        self.core.register(self.grpc)
+
+
+async def app(scope: Event, receive: Receive, send: Send) -> None:
+    """Sends each call to its door by its content type."""
+    if scope["type"] == "lifespan":
+        await _live(scope, receive, send)
+        return
+    doors: Doors = scope["state"]["doors"]
+    for name, value in scope["headers"]:
+        if name == b"content-type" and value.startswith(b"application/grpc"):
+            await doors.grpc.serve(scope, receive, send)
+            return
+    await doors.json.serve(scope, receive, send)
+
+
+async def _live(scope: Event, receive: Receive, send: Send) -> None:
+    await receive()
+    try:
+        settings = load()
+        telemetry.configure(settings.log_level)
+        doors = Doors(settings)
+        await doors.core.start()
+    except EntitlementError as error:
+        sys.stderr.write(f"gateway: {error}\n")
+        sys.stderr.flush()
+        await send({"type": "lifespan.startup.failed", "message": str(error)})
+        return
+    scope["state"]["doors"] = doors
+    await send({"type": "lifespan.startup.complete"})
+    await receive()
+    await doors.core.drain()
+    await doors.core.stop()
+    await send({"type": "lifespan.shutdown.complete"})
