@@ -148,7 +148,10 @@ for i = 1, n do
   total_h, total_l = add(total_h, total_l, h, l)
   if over(over_h, over_l) or over(total_h, total_l) then return '!RANGE ' .. integer(i - 1) end
   meters[meter] = before + quantity
-  if counted then quota.used = quota.used + quantity end
+  if counted then
+    quota.used = quota.used + quantity
+    if quota.used > 9007199254740991 then return '!RANGE ' .. integer(i - 1) end
+  end
   charged[i] = struct.pack('<I7i5I4', quantity, h, l)
   burned[i] = struct.pack('<dddI2s', quantity, h, l, count, meter) .. parts
 end

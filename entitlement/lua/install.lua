@@ -13,5 +13,6 @@ if ARGV[1] == 'missing' then
   redis.call('PEXPIRE', KEYS[1], ARGV[2])
   return 1
 end
-redis.call('HSET', KEYS[1], unpack(ARGV))
+-- In parts: unpack has a limit, and an account may have thousands of closed meters.
+for i = 1, #ARGV, 1000 do redis.call('HSET', KEYS[1], unpack(ARGV, i, math.min(i + 999, #ARGV))) end
 return 1

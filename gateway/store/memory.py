@@ -188,6 +188,8 @@ class _Attempt:
         quota = self._quota(line.feature)
         if quota is not None:
             quota.used += quantity
+            if quota.used > MAX_CUMULATIVE:
+                raise _OverBound(index)
         self.lines.append(BurnedLine(price.meter, quantity, amount, burns))
 
     def _reject(self, reason: Reason, index: int, price: Price) -> None:

@@ -1,0 +1,25 @@
+"""The `entitlement` command: a client of both processes, and what starts them on a developer's machine."""
+
+from __future__ import annotations
+
+import click
+
+from gateway.cli.changes import apply_command, replay_command
+from gateway.cli.demo import demo_command
+from gateway.cli.processes import dev_command, gateway_command, sync_command
+from gateway.cli.questions import balance_command, check_command, explain_command, grants_command, verify_command
+
+__all__ = ["main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="entitlement-gateway")
+def main() -> None:
+    """Decides, meters and books usage-based entitlements in real time."""
+
+
+for _command in (
+    *(dev_command, demo_command, gateway_command, sync_command, apply_command, replay_command),
+    *(balance_command, grants_command, check_command, explain_command, verify_command),
+):
+    main.add_command(_command)

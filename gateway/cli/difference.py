@@ -1,0 +1,105 @@
+"""What differs between an entry of a catalogue file and what the ledger has, in words. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from entitlement.quantity import format_amount
+from entitlement.v1 import ledger_pb2 as pb
+from gateway.cli import show
+
+Entry = pb.Feature | pb.RateCard | pb.Customer | pb.Contract | pb.Grant
+
+_KEPT_WHEN_UNSET = frozenset({"effective_at", "anchor"})  # left out of a file, they stay what they are
+
+
+def difference(wanted: Entry, there: Entry) -> str:
+    """'' when an apply would change nothing; else 'field before → after' of every field that it would change."""
+    after, before = facts(wanted), facts(there)
+    changes = [
+        f"{name} {before.get(name, '-')} → {after.get(name, '-')}"
+        for name in {**after, **before}
+        if after.get(name, "-") != before.get(name, "-")
+        and not (name in _KEPT_WHEN_UNSET and after.get(name, "-") == "-")
+    ]
+    reordered = not changes and isinstance(wanted, pb.RateCard) and list(after) != list(before)
+    return "the order of its rates" if reordered else ", ".join(changes)
+
+
+def facts(entry: Entry) -> dict[str, str]:
+    """What a file can say about an entry, as text."""
+    match entry:
+        case pb.Feature():
+            return _feature(entry)
+        case pb.RateCard():
+            return _rate_card(entry)
+        case pb.Customer():
+            return _customer(entry)
+        case pb.Contract():
+            return _contract(entry)
+        case pb.Grant():
+            return _grant(entry)
+    raise AssertionError(entry)
+
+
+def _feature(entry: pb.Feature) -> dict[str, str]:
+    return {
+        "kind": pb.Feature.Kind.Name(entry.kind),
+        "unit": entry.unit or "-",
+        "shadow": str(entry.shadow),
+        "value": entry.value or "-",
+    }
+
+
+def _rate_card(entry: pb.RateCard) -> dict[str, str]:
+    rates = {
+        " ".join(filter(None, (rate.feature, show.dimensions(rate.match.items())))): (
+            f"{format_amount(rate.tiers[0].price_nanos) if rate.tiers else '?'} per {rate.per or 1}"
+        )
+        for rate in entry.rates
+    }
+    return {"credit_type": entry.credit_type, "effective_at": show.moment(entry.effective_at)} | rates
+
+
+def _customer(entry: pb.Customer) -> dict[str, str]:
+    return {
+        "name": entry.name or "-",
+        "status": pb.Customer.Status.Name(entry.status),
+        "subjects": _joined(subject.id for subject in entry.subjects),
+    }
+
+
+def _contract(entry: pb.Contract) -> dict[str, str]:
+    quotas = {
+        f"quota {quota.feature}": f"{quota.limit} {pb.Recurrence.Name(quota.period)}{' soft' if quota.soft else ''}"
+        for quota in entry.quotas
+    }
+    return {
+        "customer": entry.customer,
+        "rate_card": entry.rate_card,
+        "billing": pb.Contract.Billing.Name(entry.billing),
+        "allowance": format_amount(entry.allowance_nanos),
+        "gate_percent": str(entry.gate_percent),
+        "thresholds": _joined(str(threshold.percent) for threshold in entry.thresholds),
+        "entitled_features": _joined(entry.entitled_features),
+        "period": pb.Recurrence.Name(entry.period),
+        "effective_at": show.moment(entry.effective_at),
+        "anchor": show.moment(entry.anchor),
+    } | quotas
+
+
+def _grant(entry: pb.Grant) -> dict[str, str]:
+    return {
+        "customer": entry.customer,
+        "amount": format_amount(entry.amount_nanos),
+        "category": pb.Grant.Category.Name(entry.category),
+        "priority": str(entry.priority),
+        "features": _joined(entry.features),
+        "effective_at": show.moment(entry.effective_at),
+        "expires_at": show.moment(entry.expires_at),
+        "note": entry.note or "-",
+    }
+
+
+def _joined(names: Iterable[str]) -> str:
+    return ",".join(sorted(names)) or "-"

@@ -1,0 +1,34 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from gateway.cli.calls import ADMIN, GATEWAY
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
+FILE = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+def gateway_option(command: Command) -> Command:
+    text = "Address of the gateway: host:port or unix:/path."
+    return click.option("--gateway", envvar="ENTITLEMENT_ADDRESS", default=GATEWAY, show_default=True, help=text)(
+        command
+    )
+
+
+def admin_option(command: Command) -> Command:
+    text = "Address of the control plane (ledger_sync): host:port or unix:/path."
+    return click.option("--admin", envvar="ENTITLEMENT_ADMIN_ADDRESS", default=ADMIN, show_default=True, help=text)(
+        command
+    )
+
+
+def seed_option(command: Command) -> Command:
+    return click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=42, show_default=True)(command)

@@ -1,0 +1,48 @@
+"""The Python client of the gateway: decisions for tasks (Client) and for threads (SyncClient).
+
+What is allowed is debited once, whatever is retried; calls made at the same time travel together by themselves.
+"""
+
+from gateway.client.backoff import Backoff
+from gateway.client.client import Client
+from gateway.client.errors import (
+    ClientClosed,
+    CustomerNotFound,
+    DeadlineExceeded,
+    EntitlementCallError,
+    IdempotencyMismatch,
+    InvalidArgument,
+    Overloaded,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+)
+from gateway.client.sync import SyncClient
+from gateway.client.values import Balance, Consumed, Decision, Mode, Quota, Reason, Request, Usage, Verdict
+from gateway.client.wire import Tls
+
+__all__ = [
+    "Backoff",
+    "Balance",
+    "Client",
+    "ClientClosed",
+    "Consumed",
+    "CustomerNotFound",
+    "DeadlineExceeded",
+    "Decision",
+    "EntitlementCallError",
+    "IdempotencyMismatch",
+    "InvalidArgument",
+    "Mode",
+    "Overloaded",
+    "PermissionDenied",
+    "Quota",
+    "Reason",
+    "Request",
+    "SyncClient",
+    "Tls",
+    "Unauthenticated",
+    "Unavailable",
+    "Usage",
+    "Verdict",
+]

@@ -1,0 +1,55 @@
+"""`python -m ledger_sync`: the ledger_sync process, configured by ENTITLEMENT_SYNC_*."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+
+import structlog
+import uvloop
+
+from entitlement.errors import EntitlementError
+from ledger_sync import telemetry
+from ledger_sync.process import Process
+from ledger_sync.publisher import BadPublisher
+from ledger_sync.settings import Settings, load
+
+
+async def serve(settings: Settings) -> None:
+    """Runs until SIGTERM or SIGINT, then finishes what is in hand."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stop.set)
+    process = Process(settings)
+    starting = asyncio.create_task(process.start())
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            await starting
+            sys.stdout.write(f"ready admin={process.addresses[0]}\n")
+            sys.stdout.flush()
+        await stopping
+    finally:
+        starting.cancel()
+        stopping.cancel()
+        await asyncio.gather(starting, stopping, return_exceptions=True)
+        await process.stop()
+
+
+def main() -> int:
+    try:
+        settings = load()
+        telemetry.configure_logs(settings.log_level)
+        structlog.get_logger("ledger_sync").info("starting", settings=repr(settings))
+        uvloop.run(serve(settings))
+    except (EntitlementError, BadPublisher) as error:
+        sys.stderr.write(f"ledger_sync: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Serves LedgerAdmin with grpcio: TCP and Unix sockets, health, reflection when asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from entitlement.errors import InvalidArgument
+from entitlement.v1 import ledger_pb2
+from entitlement.v1.ledger_pb2_grpc import LedgerAdminServicer, add_LedgerAdminServicer_to_server
+
+SERVICE: Final = ledger_pb2.DESCRIPTOR.services_by_name["LedgerAdmin"].full_name
+MAX_MESSAGE_BYTES: Final = 4_194_304
+MAX_METADATA_BYTES: Final = 16_384
+MAX_CALLS: Final = 256  # at once; more are refused with RESOURCE_EXHAUSTED
+
+
+class AdminServer:
+    """A grpc.aio server on every address. `addresses` are the bound ones after start."""
+
+    def __init__(self, servicer: LedgerAdminServicer, listen: tuple[str, ...], *, reflected: bool) -> None:
+        self._listen = listen
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+                ("grpc.so_reuseport", 0),
+            ],
+            maximum_concurrent_rpcs=MAX_CALLS,
+        )
+        add_LedgerAdminServicer_to_server(servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if reflected:
+            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+        self.addresses: tuple[str, ...] = ()
+
+    async def start(self) -> None:
+        """InvalidArgument: an address cannot be bound."""
+        self.addresses = tuple([self._bind(address) for address in self._listen])
+        await self._server.start()
+        await self.serving(True)
+
+    async def serving(self, yes: bool) -> None:
+        """Tells health watchers whether the ledger is kept up to date."""
+        status = health_pb2.HealthCheckResponse.SERVING if yes else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """NOT_SERVING, no new calls, those in flight may finish within the grace. May be called twice."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+    def _bind(self, address: str) -> str:
+        if address.startswith("unix:"):
+            path = Path(address.removeprefix("unix:"))
+            if path.is_socket():
+                path.unlink()  # Left behind by a process that was killed.
+            self._add(address)
+            return address
+        return f"{address.rpartition(':')[0]}:{self._add(address)}"
+
+    def _add(self, address: str) -> int:
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError:
+            port = 0
+        if not port:
+            raise InvalidArgument("listen", f"{address!r} cannot be bound: in use, or not allowed")
+        return port

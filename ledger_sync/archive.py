@@ -1,0 +1,34 @@
+"""Cumulative units of long ended periods, brought back to the hot account for a backfill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from entitlement.account import Config
+from entitlement.periods import period
+from ledger_sync.hot_store import HotStore, Name
+
+if TYPE_CHECKING:
+    from ledger_sync.ledger import Ledger
+
+
+async def fill_archive(ledger: Ledger, hot: HotStore, name: Name, times_ms: Iterable[int]) -> None:
+    """Meters of the periods that hold `times_ms`, where the hot account has none: nothing counts on those but
+    backfills, and what those counted before the last install is in the ledger.
+    """
+    async with ledger.transaction(readonly=True) as connection:
+        row = await connection.fetchrow(
+            "SELECT config, period_start FROM accounts WHERE tenant = $1 AND customer = $2", *name
+        )
+        if row is None:
+            return
+        config = Config.decode(row["config"])
+        starts = {period(config.recurrence, config.anchor_ms, time_ms)[0] for time_ms in times_ms}
+        rows = await connection.fetch(
+            """SELECT period_start, meter, quantity FROM meters
+               WHERE tenant = $1 AND customer = $2 AND period_start = ANY($3::bigint[]) AND period_start < $4""",
+            *(*name, sorted(starts), row["period_start"]),
+        )
+    if rows:
+        await hot.fill_archive(name, {(r["period_start"], r["meter"]): r["quantity"] for r in rows})

@@ -1,0 +1,296 @@
+"""Features and rate cards in the ledger. A rate card's versions are immutable; a put adds one, or finds the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from entitlement.catalog import Catalogs, Feature, Kind, RateCard, Snapshot
+from entitlement.errors import InvalidArgument
+from entitlement.identity import check_id, check_name
+from entitlement.quantity import MAX_PER, MAX_PRICE, within
+from entitlement.rating import Model, Rate
+from entitlement.v1 import ledger_pb2 as pb
+from ledger_sync import changes
+from ledger_sync.refusals import FailedPrecondition
+from ledger_sync.translate import (
+    Page,
+    check_dimensions,
+    check_known,
+    check_text,
+    page_token,
+    to_ms,
+    to_timestamp,
+    unsupported,
+)
+
+if TYPE_CHECKING:
+    from ledger_sync.ledger import Connection, Ledger, Row
+
+MAX_FEATURES: Final = 1_000  # of a tenant: the catalogue is one value in the hot store
+MAX_RATES: Final = 1_000  # of a rate card
+MAX_VERSIONS: Final = 1_000  # of a rate card
+MAX_VALUE_BYTES: Final = 1_024  # of a STATIC feature
+
+_MODELS = (pb.Rate.MODEL_UNSPECIFIED, pb.Rate.PER_UNIT, pb.Rate.GRADUATED, pb.Rate.VOLUME, pb.Rate.PACKAGE)
+
+
+class CatalogStore:
+    """Every put is one transaction, which also counts up the tenant's generation when it changes something."""
+
+    def __init__(self, ledger: Ledger, tenant: str) -> None:
+        self._ledger = ledger
+        self._tenant = tenant
+
+    async def put_feature(self, message: pb.Feature, actor: str) -> pb.Feature:
+        """Creates a feature or changes its unit, shadow mode or value. What it is (`kind`) stays for ever."""
+        feature = checked_feature(message)
+        async with self._ledger.transaction() as connection:
+            await _lock_catalog(connection, self._tenant)
+            row = await connection.fetchrow(
+                "SELECT * FROM features WHERE tenant = $1 AND key = $2", self._tenant, feature.key
+            )
+            if row and _feature(row) == feature:
+                return _feature_message(feature)
+            await self._check_feature_fits(connection, feature, row)
+            await connection.execute(
+                """INSERT INTO features (tenant, key, kind, unit, shadow, value) VALUES ($1, $2, $3, $4, $5, $6)
+                   ON CONFLICT (tenant, key) DO UPDATE SET unit = $4, shadow = $5, value = $6""",
+                *(self._tenant, feature.key, int(feature.kind), feature.unit, feature.shadow, feature.value),
+            )
+            await _changed(connection, self._tenant)
+            detail = f"unit={feature.unit!r} shadow={feature.shadow}"
+            await changes.audit(connection, self._tenant, actor, "PutFeature", feature.key, detail)
+        return _feature_message(feature)
+
+    async def _check_feature_fits(self, connection: Connection, feature: Feature, row: Row | None) -> None:
+        if row and row["kind"] != feature.kind:
+            raise InvalidArgument("kind", f"is {Kind(row['kind']).name} and cannot change; make another feature")
+        count = await connection.fetchval("SELECT count(*) FROM features WHERE tenant = $1", self._tenant)
+        if row is None and count >= MAX_FEATURES:
+            raise FailedPrecondition("key", f"there are {count} features; expected at most {MAX_FEATURES}")
+
+    async def list_features(self, page: Page) -> pb.ListFeaturesResponse:
+        """By key."""
+        async with self._ledger.transaction(readonly=True) as connection:
+            rows = await connection.fetch(
+                "SELECT * FROM features WHERE tenant = $1 AND key > $2 ORDER BY key LIMIT $3",
+                *(self._tenant, page.after[0] if page.after else "", page.size + 1),
+            )
+        response = pb.ListFeaturesResponse(features=[_feature_message(_feature(row)) for row in rows[: page.size]])
+        if len(rows) > page.size:
+            response.next_page_token = page_token(response.features[-1].key)
+        return response
+
+    async def put_rate_card(self, message: pb.RateCard, actor: str) -> pb.RateCard:
+        """Adds a version, in force from effective_at (unset: the first version since ever, a later one from now).
+
+        The same content again gives the version that has it: with effective_at, the one in force from then; without,
+        the newest.
+        """
+        check_id("id", message.id)
+        check_id("credit_type", message.credit_type)
+        if message.version:
+            raise InvalidArgument("version", "is set by the server; leave the field out")
+        rates = checked_rates(message)
+        effective_ms = to_ms("effective_at", message.effective_at) if message.HasField("effective_at") else None
+        async with self._ledger.transaction() as connection:
+            await _lock_catalog(connection, self._tenant)
+            await changes.check_features(
+                connection, self._tenant, [(f"rates[{n}].feature", rate.feature) for n, rate in enumerate(rates)]
+            )
+            await _refuse_unmetered(connection, self._tenant, rates)
+            versions = await _versions(connection, self._tenant, message.id)
+            if same := _same(versions, rates, message.credit_type, effective_ms):
+                return _card_message(same)
+            card = await self._next(connection, versions, message, rates, effective_ms)
+            await connection.execute(
+                """INSERT INTO rate_cards (tenant, id, version, effective_ms, credit_type, rates)
+                   VALUES ($1, $2, $3, $4, $5, $6)""",
+                *(self._tenant, card.id, card.version, card.effective_ms, card.credit_type),
+                msgspec.json.encode(rates).decode(),
+            )
+            await _changed(connection, self._tenant)
+            detail = f"version={card.version} effective_ms={card.effective_ms} rates={len(rates)}"
+            await changes.audit(connection, self._tenant, actor, "PutRateCard", card.id, detail)
+        return _card_message(card)
+
+    async def _next(
+        self,
+        connection: Connection,
+        versions: list[RateCard],
+        message: pb.RateCard,
+        rates: tuple[Rate, ...],
+        effective_ms: int | None,
+    ) -> RateCard:
+        if versions and versions[-1].credit_type != message.credit_type:
+            raise InvalidArgument(
+                "credit_type", f"is {versions[-1].credit_type!r} in every version; make another rate card"
+            )
+        if len(versions) >= MAX_VERSIONS:
+            raise FailedPrecondition("id", f"has {len(versions)} versions; expected at most {MAX_VERSIONS}")
+        if effective_ms is None:
+            effective_ms = await changes.now_ms(connection) if versions else 0
+        version = versions[-1].version + 1 if versions else 1
+        return RateCard(message.id, version, effective_ms, message.credit_type, rates)
+
+    async def list_rate_cards(self, page: Page) -> pb.ListRateCardsResponse:
+        """Every version of every card, by id and version."""
+        after = page.after or ("", 0)
+        async with self._ledger.transaction(readonly=True) as connection:
+            rows = await connection.fetch(
+                """SELECT id, version, effective_ms, credit_type, rates FROM rate_cards
+                   WHERE tenant = $1 AND (id, version) > ($2, $3) ORDER BY id, version LIMIT $4""",
+                *(self._tenant, *after, page.size + 1),
+            )
+        response = pb.ListRateCardsResponse(rate_cards=[_card_message(_card(row)) for row in rows[: page.size]])
+        if len(rows) > page.size:
+            last = rows[page.size - 1]
+            response.next_page_token = page_token(last["id"], last["version"])
+        return response
+
+    async def generation(self) -> int:
+        """Counts up with every change."""
+        async with self._ledger.transaction(readonly=True) as connection:
+            return await _generation(connection, self._tenant)
+
+    async def snapshot(self) -> Catalogs:
+        """The whole catalogue, as of one moment."""
+        async with self._ledger.transaction(isolation="repeatable_read", readonly=True) as connection:
+            generation = await _generation(connection, self._tenant)
+            features = await connection.fetch("SELECT * FROM features WHERE tenant = $1 ORDER BY key", self._tenant)
+            cards = await connection.fetch(
+                """SELECT id, version, effective_ms, credit_type, rates FROM rate_cards WHERE tenant = $1
+                   ORDER BY id, version""",
+                self._tenant,
+            )
+        snapshot = Snapshot(self._tenant, generation, tuple(map(_feature, features)), tuple(map(_card, cards)))
+        return Catalogs(generation, (snapshot,))
+
+
+def checked_feature(message: pb.Feature) -> Feature:
+    """The feature in a message; kind METERED when left out."""
+    check_name("key", message.key)
+    kind = Kind(check_known("kind", message.kind or int(Kind.METERED), tuple(map(int, Kind))))
+    check_text("unit", message.unit, 64)
+    check_text("value", message.value, MAX_VALUE_BYTES)
+    if message.value and kind is not Kind.STATIC:
+        raise InvalidArgument("value", f"is what a STATIC feature hands out; this one is {kind.name}")
+    return Feature(message.key, kind, message.unit, message.shadow, message.value)
+
+
+def checked_rates(card: pb.RateCard) -> tuple[Rate, ...]:
+    """The card's rates, in the order given."""
+    if not 1 <= len(card.rates) <= MAX_RATES:
+        raise InvalidArgument("rates", f"has {len(card.rates)} rates; expected 1..{MAX_RATES}")
+    rates = tuple(_checked_rate(f"rates[{index}]", rate) for index, rate in enumerate(card.rates))
+    seen: dict[str, int] = {}
+    for index, rate in enumerate(rates):
+        if (first := seen.setdefault(rate.meter, index)) != index:
+            raise InvalidArgument(
+                f"rates[{index}]", f"has the feature and match of rates[{first}]: one rate would never win"
+            )
+    return rates
+
+
+def _checked_rate(field: str, rate: pb.Rate) -> Rate:
+    check_name(f"{field}.feature", rate.feature)
+    if check_known(f"{field}.model", rate.model, _MODELS) > pb.Rate.PER_UNIT:
+        raise unsupported(f"{field}.model", pb.Rate.Model.Name(rate.model))
+    if len(rate.tiers) != 1:
+        raise InvalidArgument(f"{field}.tiers", f"has {len(rate.tiers)} tiers; PER_UNIT expects 1")
+    tier = rate.tiers[0]
+    if tier.up_to:
+        raise InvalidArgument(
+            f"{field}.tiers[0].up_to", f"{tier.up_to} has no meaning in PER_UNIT; expected 0 (no end)"
+        )
+    if tier.flat_nanos:
+        raise unsupported(f"{field}.tiers[0].flat_nanos", "a flat price")
+    return Rate(
+        feature=rate.feature,
+        price_nanos=within(f"{field}.tiers[0].price_nanos", tier.price_nanos, 0, MAX_PRICE),
+        per=within(f"{field}.per", rate.per or 1, 1, MAX_PER),
+        match=check_dimensions(f"{field}.match", dict(rate.match)),
+    )
+
+
+def _same(versions: list[RateCard], rates: tuple[Rate, ...], credit: str, effective_ms: int | None) -> RateCard | None:
+    wanted = (
+        versions[-1:] if effective_ms is None else [card for card in versions if card.effective_ms == effective_ms][-1:]
+    )
+    return next((card for card in wanted if (card.rates, card.credit_type) == (rates, credit)), None)
+
+
+async def _versions(connection: Connection, tenant: str, card: str) -> list[RateCard]:
+    rows = await connection.fetch(
+        """SELECT id, version, effective_ms, credit_type, rates FROM rate_cards WHERE tenant = $1 AND id = $2
+           ORDER BY version""",
+        *(tenant, card),
+    )
+    return [_card(row) for row in rows]
+
+
+async def _refuse_unmetered(connection: Connection, tenant: str, rates: Iterable[Rate]) -> None:
+    rows = await connection.fetch(
+        "SELECT key FROM features WHERE tenant = $1 AND kind <> $2", *(tenant, int(Kind.METERED))
+    )
+    unmetered = {row["key"] for row in rows}
+    for index, rate in enumerate(rates):
+        if rate.feature in unmetered:
+            raise InvalidArgument(f"rates[{index}].feature", f"{rate.feature!r} is not METERED: it cannot have a price")
+
+
+async def _lock_catalog(connection: Connection, tenant: str) -> None:
+    """Puts of one tenant happen one after the other."""
+    await connection.execute("INSERT INTO catalogs (tenant, generation) VALUES ($1, 0) ON CONFLICT DO NOTHING", tenant)
+    await connection.execute("SELECT 1 FROM catalogs WHERE tenant = $1 FOR UPDATE", tenant)
+
+
+async def _generation(connection: Connection, tenant: str) -> int:
+    query = "SELECT coalesce(max(generation), 0) FROM catalogs WHERE tenant = $1"
+    generation: int = await connection.fetchval(query, tenant)
+    return generation
+
+
+async def _changed(connection: Connection, tenant: str) -> None:
+    await connection.execute("UPDATE catalogs SET generation = generation + 1 WHERE tenant = $1", tenant)
+
+
+def _feature(row: Row) -> Feature:
+    return Feature(row["key"], Kind(row["kind"]), row["unit"], row["shadow"], row["value"])
+
+
+def _card(row: Row) -> RateCard:
+    rates = msgspec.json.decode(row["rates"], type=tuple[Rate, ...])
+    return RateCard(row["id"], row["version"], row["effective_ms"], row["credit_type"], rates)
+
+
+def _feature_message(feature: Feature) -> pb.Feature:
+    return pb.Feature(
+        key=feature.key,
+        kind=int(feature.kind),  # type: ignore[arg-type]
+        unit=feature.unit,
+        shadow=feature.shadow,
+        value=feature.value,
+    )
+
+
+def _card_message(card: RateCard) -> pb.RateCard:
+    message = pb.RateCard(
+        id=card.id,
+        version=str(card.version),
+        effective_at=to_timestamp(card.effective_ms),
+        credit_type=card.credit_type,
+    )
+    for rate in card.rates:
+        assert rate.model is Model.PER_UNIT
+        message.rates.add(
+            feature=rate.feature,
+            match=dict(rate.match),
+            model=pb.Rate.PER_UNIT,
+            per=rate.per,
+            tiers=[pb.Tier(price_nanos=rate.price_nanos)],
+        )
+    return message

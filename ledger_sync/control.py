@@ -1,0 +1,82 @@
+"""The control plane's parts, put together: what LedgerAdmin asks, and the loops that carry its changes out."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from entitlement.decision import Limits
+from entitlement.errors import Unavailable
+from ledger_sync.catalog_publisher import CatalogPublisher
+from ledger_sync.catalogs import CatalogStore
+from ledger_sync.customers import CustomerStore
+from ledger_sync.grants import GrantStore
+from ledger_sync.hot_store import HotStore
+from ledger_sync.install import Installer, Settled
+from ledger_sync.pusher import Pusher
+from ledger_sync.reconcile import Reconciler
+from ledger_sync.transactions import TransactionStore
+from ledger_sync.usage import UsageRecorder
+
+if TYPE_CHECKING:
+    from ledger_sync.ledger import Lease, Ledger
+
+LEASE: Final = "control"
+CHECK_S: Final = 0.5
+
+log = structlog.get_logger(__name__)
+
+
+class ControlPlane:
+    """Everything beside the journal's way to the ledger. `settled` comes from the journal's drain: it returns when all
+    of a partition's journal up to a stream id is in the ledger.
+    """
+
+    def __init__(
+        self, ledger: Ledger, hot: HotStore, settled: Settled, tenant: str, limits: Limits | None = None
+    ) -> None:
+        self._ledger = ledger
+        self.tenant = tenant
+        self.hot = hot
+        self.installer = Installer(ledger, hot, settled)
+        self.pusher = Pusher(ledger, hot, self.installer)
+        self.catalogs = CatalogStore(ledger, tenant)
+        self.publisher = CatalogPublisher(self.catalogs, hot)
+        self.customers = CustomerStore(ledger, tenant, hot.partitions)
+        self.grants = GrantStore(ledger, tenant)
+        self.transactions = TransactionStore(ledger, tenant)
+        self.usage = UsageRecorder(ledger, hot, self.catalogs, settled, tenant, limits)
+        self.reconciler = Reconciler(ledger, hot, self.pusher, tenant)
+
+    async def run(self) -> None:
+        """Installs, pushes and publishes until it is cancelled: the one of a deployment that does, by lease. Raises
+        when the ledger is away. Calls are answered without it, by whoever is asked.
+        """
+        async with self._ledger.lease(LEASE) as lease, asyncio.TaskGroup() as group:
+            for loop in (self.installer, self.pusher, self.publisher):
+                group.create_task(loop.run())
+            group.create_task(_watch(lease))
+
+    async def catalog_changed(self) -> None:
+        """Brings a committed change to the gateways now; without a hot store it comes when that is back."""
+        try:
+            await self.publisher.publish()
+        except Unavailable as error:
+            log.warning("a change of the catalogue waits for the hot store", error=str(error))
+
+    async def customer_changed(self, customer: str) -> None:
+        """A customer that gateways took for missing may be there now; a hot account may have to change."""
+        self.pusher.wake()
+        try:
+            await self.hot.unmark_missing([(self.tenant, customer)])
+        except Unavailable as error:
+            log.warning("a changed customer waits for the hot store", error=str(error))
+
+
+async def _watch(lease: Lease) -> None:
+    """Ends the loops when the lease is lost: another may have it now."""
+    while True:
+        lease.check()
+        await asyncio.sleep(CHECK_S)

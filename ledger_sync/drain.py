@@ -1,0 +1,241 @@
+"""Carries the journal into the ledger: reads a batch, books it in one transaction, acknowledges it after the commit.
+
+Whatever ends a drain (database or hot store away, a kill) loses nothing: what was not acknowledged is read again at the
+next start, and what had been committed is recognised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from time import monotonic, time
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from entitlement import keys
+from ledger_sync.journal_reader import Entries, JournalReader, Lag, arrivals, parse_id
+from ledger_sync.ledger import LedgerRefused
+from ledger_sync.posting import Posted, Reason, Rejected, read
+from ledger_sync.settlement import Outcome
+from ledger_sync.telemetry import Figures
+
+if TYPE_CHECKING:
+    from ledger_sync.ledger import Lease, Ledger
+
+LEASE: Final = "journal"
+BLOCK_MS: Final = 1_000  # a read waits no longer; the lease is looked at in between
+POLL_S: Final = 0.25  # how long a settled position may go unnoticed
+LAG_EVERY_S: Final = 5.0
+FINISH_S: Final = 30.0  # how long a batch may take once we are asked to stop
+
+log = structlog.get_logger(__name__)
+
+
+class Batch:
+    """What was read and is to be settled together."""
+
+    def __init__(self) -> None:
+        self.posted: list[Posted] = []
+        self.rejected: list[Rejected] = []
+        self.ids: dict[str, list[bytes]] = {}  # by stream, everything read
+        self.size = 0
+
+    def add(self, entries: Entries) -> None:
+        for stream, found in entries.items():
+            self.ids.setdefault(stream, []).extend([entry_id for entry_id, _ in found])
+            self.size += len(found)
+        for arrival in arrivals(entries):
+            record = read(arrival)
+            if isinstance(record, Posted):
+                self.posted.append(record)
+            else:
+                self.rejected.append(record)
+
+
+class Lane:
+    """One reader and its batches, one after the other."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        reader: JournalReader,
+        size: int,
+        linger_ms: int,
+        figures: Figures,
+        on_commit: Callable[[Outcome], None],
+    ) -> None:
+        self.reader = reader
+        self._ledger = ledger
+        self._size = size
+        self._linger_s = linger_ms / 1000
+        self._figures = figures
+        self._on_commit = on_commit
+        self._in_hand = False
+        self._asked = asyncio.Event()  # someone waits: do not linger
+        self._done = asyncio.Event()  # of the batch in hand
+
+    async def run(self, lease: Lease) -> None:
+        await self.reader.join()
+        async for entries in self.reader.pending():
+            batch = Batch()
+            batch.add(entries)
+            await uninterrupted(self._settle(batch))
+        while True:
+            lease.check()
+            if (batch := await self._collect()).size:
+                await uninterrupted(self._settle(batch))
+            self._in_hand = False
+            self._done.set()
+
+    async def _collect(self) -> Batch:
+        """The next batch: full, or all there is after a short wait in which more of it gathers."""
+        batch = Batch()
+        entries, more = await self.reader.new(BLOCK_MS)
+        self._in_hand = bool(entries)
+        batch.add(entries)
+        if batch.size and not more:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._linger_s):
+                    await self._asked.wait()
+            more = True
+        self._asked.clear()
+        while more and batch.size < self._size:
+            entries, more = await self.reader.new(0)
+            batch.add(entries)
+        return batch
+
+    async def _settle(self, batch: Batch) -> None:
+        started = monotonic()
+        if batch.rejected:
+            await self._ledger.quarantine(batch.rejected)
+            self._rejected(batch.rejected)
+        if batch.posted:
+            await self._book(batch.posted)
+            oldest_ms = min([posted.record.recorded_ms for posted in batch.posted])
+            self._figures.age.observe(max(0.0, time() - oldest_ms / 1000))
+        self._figures.batch.observe(monotonic() - started)
+        await self.reader.acknowledge(batch.ids)
+
+    async def _book(self, records: Sequence[Posted]) -> None:
+        """Books what the database takes, by halves if need be; what it refuses is passed over, with its reason."""
+        try:
+            outcome = await self._ledger.post(records)
+        except LedgerRefused as refused:
+            if len(records) > 1:
+                middle = len(records) // 2
+                await self._book(records[:middle])
+                await self._book(records[middle:])
+            else:
+                await self._pass_over(records[0], str(refused))
+            return
+        self._report(outcome)
+
+    async def _pass_over(self, record: Posted, why: str) -> None:
+        try:
+            outcome = await self._ledger.post([record], refused=why)
+        except LedgerRefused:  # Not even its account's position can move: the next record will show the gap.
+            rejected = [Rejected(record.arrival, Reason.REFUSED, why)]
+            await self._ledger.quarantine(rejected)
+            self._rejected(rejected)
+            return
+        self._report(outcome)
+
+    def _report(self, outcome: Outcome) -> None:
+        for name, count in (
+            ("booked", outcome.booked),
+            ("repeated", outcome.repeated),
+            ("duplicate", outcome.duplicates),
+            (
+                "changed",
+                outcome.records - outcome.booked - outcome.repeated - outcome.duplicates - len(outcome.rejected),
+            ),
+        ):
+            if count:
+                self._figures.records.labels(name).inc(count)
+        self._rejected(outcome.rejected)
+        for gap in outcome.gaps:
+            self._figures.gaps.inc()
+            log.error("sequence_gap", tenant=gap.tenant, customer=gap.customer, settled=gap.settled, found=gap.found)
+        self._on_commit(outcome)
+
+    def _rejected(self, rejected: Sequence[Rejected]) -> None:
+        for item in rejected:
+            self._figures.rejected.labels(item.reason).inc()
+            log.error(
+                "quarantined",
+                stream=item.arrival.stream,
+                entry=item.arrival.entry_id.decode(),
+                reason=item.reason,
+                detail=item.detail,
+            )
+
+    async def settled(self, stream: str, stream_id: str) -> None:
+        wanted = parse_id(stream_id)
+        while True:
+            self._done.clear()
+            # What is in hand counts, even when the hot store has forgotten it meanwhile.
+            if not self._in_hand and await self.reader.is_settled(stream, wanted):
+                return
+            self._asked.set()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S):
+                    await self._done.wait()
+
+
+class Drain:
+    """The one active drain of a deployment, by lease: a second one waits. Its readers share the partitions."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        readers: Sequence[JournalReader],
+        *,
+        figures: Figures,
+        on_commit: Callable[[Outcome], None],
+        batch: int = 2_000,
+        linger_ms: int = 20,
+    ) -> None:
+        self._ledger = ledger
+        self._figures = figures
+        self._lanes = [Lane(ledger, reader, batch, linger_ms, figures, on_commit) for reader in readers]
+        self._lane_of = {partition: lane for lane in self._lanes for partition in lane.reader.partitions}
+
+    async def run(self) -> None:
+        """Until it is cancelled: then the batch in hand is finished and acknowledged. Raises when a store is away."""
+        async with self._ledger.lease(LEASE) as lease, asyncio.TaskGroup() as group:
+            for lane in self._lanes:
+                group.create_task(lane.run(lease))
+            group.create_task(self._watch_lag())
+
+    async def settled(self, partition: int, stream_id: str) -> None:
+        """Returns when the ledger has every record of the partition's journal up to that id. Bound it by a deadline.
+
+        Unavailable: the hot store is away.
+        """
+        await self._lane_of[partition].settled(keys.journal(partition), stream_id)
+
+    async def lag(self) -> Lag:
+        """What the journal holds and the ledger does not. Unavailable: the hot store is away."""
+        lags = [await lane.reader.lag() for lane in self._lanes]
+        return Lag(sum(lag.records for lag in lags), min([lag.oldest_ms for lag in lags if lag.records], default=0))
+
+    async def _watch_lag(self) -> None:
+        while True:
+            self._figures.lag.set((await self.lag()).records)
+            await asyncio.sleep(LAG_EVERY_S)
+
+
+async def uninterrupted(work: Coroutine[object, object, None]) -> None:
+    """Finishes `work` even when cancelled meanwhile, within a deadline; then the cancellation goes on."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task], timeout=FINISH_S)
+        if not task.done():
+            task.cancel()
+        elif not task.cancelled() and (error := task.exception()):
+            log.warning("last_batch_not_settled", error=str(error))
+        raise

@@ -1,0 +1,256 @@
+"""The hot store as the control plane uses it: typed calls, pipelined; foreign errors are translated here, once.
+
+Nothing is retried here. Every script is safe to send again: a delta by its version, a consumption by its key, an
+install by its deadline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Final, Self
+
+import msgspec
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+
+from entitlement import keys, lua
+from entitlement.account import MISSING, Account
+from entitlement.catalog import Catalogs
+from entitlement.decision import Charge, Consume, Limits, consume_arguments, consume_keys
+from entitlement.errors import Unavailable
+from entitlement.identity import is_id
+from ledger_sync import hot_deltas
+from ledger_sync import lua as own
+
+CHUNK: Final = 500  # commands in one pipeline
+REQUESTS: Final = 1_000  # install requests taken from one list at once
+TIMEOUT_S: Final = 5.0
+CONNECTIONS: Final = 32
+
+Value = str | bytes | int
+Name = tuple[str, str]  # tenant, customer
+
+
+class Call(msgspec.Struct, frozen=True):
+    """One run of a script."""
+
+    keys: Sequence[str | bytes]
+    arguments: Sequence[Value]
+
+
+class HotStore:
+    """Owns one client. Every method raises Unavailable when the store did not answer: the outcome is unknown then."""
+
+    def __init__(self, client: Redis, partitions: int = keys.PARTITIONS) -> None:
+        self._client = client
+        self.partitions = partitions
+
+    @classmethod
+    def connect(cls, url: str, partitions: int = keys.PARTITIONS) -> Self:
+        """Connects when first used."""
+        client: Redis = Redis.from_url(
+            url,
+            socket_timeout=TIMEOUT_S,
+            socket_connect_timeout=TIMEOUT_S,
+            max_connections=CONNECTIONS,
+            retry=Retry(NoBackoff(), 0),
+        )
+        return cls(client, partitions)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    def partition(self, name: Name) -> int:
+        return keys.partition_of(*name, self.partitions)
+
+    def _account(self, name: Name) -> str:
+        return keys.account(self.partition(name), *name)
+
+    async def now_ms(self) -> int:
+        """The clock that counts for decisions."""
+        async with _translated():
+            seconds, micros = await self._client.time()
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    async def apply(self, deltas: Iterable[tuple[Name, hot_deltas.Delta]]) -> list[str]:
+        """Runs apply_delta.lua for each, in the order given; what the script returned, as text."""
+        calls = [
+            Call((self._account(name), keys.journal(self.partition(name))), hot_deltas.arguments(delta, *name))
+            for name, delta in deltas
+        ]
+        return [_text(reply) for reply in await self._run(lua.script("apply_delta"), calls)]
+
+    async def install(self, accounts: Iterable[tuple[Name, Account]], until_ms: int) -> list[int]:
+        """Runs install.lua for each: 1 installed, 0 a live account was there, -1 it was too late."""
+        calls = []
+        for name, account in accounts:
+            fields = [part for field in account.encode().items() for part in field]
+            calls.append(Call((self._account(name),), (*fields, until_ms)))
+        return [int(_text(reply)) for reply in await self._run(own.install(), calls)]
+
+    async def mark_missing(self, names: Iterable[Name], for_ms: int, until_ms: int) -> None:
+        """Remembers briefly that the ledger has no such accounts."""
+        calls = [Call((self._account(name),), (MISSING, for_ms, until_ms)) for name in names]
+        await self._run(own.install(), calls)
+
+    async def unmark_missing(self, names: Iterable[Name]) -> None:
+        await self._run(own.script("unmark"), [Call((self._account(name),), ()) for name in names])
+
+    async def consume(self, calls: Iterable[tuple[Consume, Charge]], limits: Limits) -> list[bytes]:
+        """Runs consume.lua for each; what the script returned."""
+        prepared = []
+        for request, charge in calls:
+            partition = self.partition((request.tenant, request.customer))
+            prepared.append(Call(consume_keys(request, partition), consume_arguments(request, charge, limits)))
+        return [_bytes(reply) for reply in await self._run(lua.script("consume"), prepared)]
+
+    async def _run(self, text: str, calls: Sequence[Call]) -> list[object]:
+        """One answer for each call, in order. A script that the server does not know is loaded and run again."""
+        digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+        replies: list[object] = []
+        async with _translated():
+            for first in range(0, len(calls), CHUNK):
+                chunk = calls[first : first + CHUNK]
+                found = await self._evaluate(digest, chunk)
+                unknown = [index for index, reply in enumerate(found) if isinstance(reply, NoScriptError)]
+                if unknown:
+                    await self._client.script_load(text)
+                    again = await self._evaluate(digest, [chunk[index] for index in unknown])
+                    for index, reply in zip(unknown, again, strict=True):
+                        found[index] = reply
+                for reply in found:
+                    if isinstance(reply, Exception):
+                        raise reply
+                replies += found
+        return replies
+
+    async def _evaluate(self, digest: str, calls: Sequence[Call]) -> list[object]:
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for call in calls:
+                pipeline.evalsha(digest, len(call.keys), *call.keys, *call.arguments)
+            return await pipeline.execute(raise_on_error=False)
+
+    async def live(self, names: Sequence[Name]) -> list[bool]:
+        """Whether each account is in the hot store (a mark that it is missing does not count)."""
+        return [config not in (None, MISSING.encode()) for config in await self._configs(names)]
+
+    async def absent(self, names: Sequence[Name]) -> list[Name]:
+        """Those that are neither in the hot store nor marked as missing."""
+        return [name for name, config in zip(names, await self._configs(names), strict=True) if config is None]
+
+    async def _configs(self, names: Sequence[Name]) -> list[bytes | None]:
+        found: list[bytes | None] = []
+        async with _translated():
+            for first in range(0, len(names), CHUNK):
+                async with self._client.pipeline(transaction=False) as pipeline:
+                    for name in names[first : first + CHUNK]:
+                        pipeline.hget(self._account(name), "c")
+                    found += await pipeline.execute()
+        return found
+
+    async def ask(self, names: Sequence[Name]) -> None:
+        """Requests installs, as a gateway does."""
+        async with _translated(), self._client.pipeline(transaction=False) as pipeline:
+            for name in names:
+                pipeline.rpush(keys.install_requests(self.partition(name)), " ".join(name))
+            await pipeline.execute()
+
+    async def snapshots(self, names: Sequence[Name]) -> list[Account | None]:
+        """Each account as it is at one moment of its own; None: not loaded. CorruptRecord: it does not decode."""
+        found: list[Account | None] = []
+        async with _translated():
+            for first in range(0, len(names), CHUNK):
+                async with self._client.pipeline(transaction=False) as pipeline:
+                    for name in names[first : first + CHUNK]:
+                        pipeline.hgetall(self._account(name))
+                    found += [Account.decode(fields) for fields in await pipeline.execute()]
+        return found
+
+    async def drop(self, name: Name) -> None:
+        """Takes the account out of the hot store: the next install rebuilds it from the ledger."""
+        async with _translated():
+            await self._client.delete(self._account(name))
+
+    async def fill_archive(self, name: Name, meters: Mapping[tuple[int, str], int]) -> None:
+        """Puts cumulative units of earlier periods where the account does not count them yet."""
+        async with _translated(), self._client.pipeline(transaction=False) as pipeline:
+            for (start, meter), units in meters.items():
+                pipeline.hsetnx(self._account(name), f"U:{start}:{meter}", str(units))
+            await pipeline.execute()
+
+    async def announce(self, names: Iterable[Name]) -> None:
+        """Tells the gateways that wait for these accounts to look again."""
+        async with _translated(), self._client.pipeline(transaction=False) as pipeline:
+            for name in names:
+                pipeline.publish(keys.LOADED_CHANNEL, " ".join(name))
+            await pipeline.execute()
+
+    async def requests(self, wait_s: float) -> list[Name]:
+        """The install requests that wait now, or the first ones that come within `wait_s`."""
+        lists = [keys.install_requests(partition) for partition in range(self.partitions)]
+        async with _translated():
+            first = await self._client.blpop(lists, timeout=wait_s)
+            if first is None:
+                return []
+            async with self._client.pipeline(transaction=False) as pipeline:
+                for list_name in lists:
+                    pipeline.lpop(list_name, REQUESTS)
+                more: list[list[bytes] | None] = await pipeline.execute()
+        asked = [_bytes(first[1]), *(item for items in more if items for item in items)]
+        return [name for item in dict.fromkeys(asked) if (name := _name(item))]
+
+    async def last_ids(self, partitions: Iterable[int]) -> dict[int, str]:
+        """The last id that each partition's journal has given; '0-0' for a journal that does not exist."""
+        wanted = list(dict.fromkeys(partitions))
+        async with _translated(), self._client.pipeline(transaction=False) as pipeline:
+            for partition in wanted:
+                pipeline.xinfo_stream(keys.journal(partition))
+            replies = await pipeline.execute(raise_on_error=False)
+        ids = {}
+        for partition, reply in zip(wanted, replies, strict=True):
+            absent = isinstance(reply, ResponseError) and "no such key" in str(reply)
+            if isinstance(reply, Exception) and not absent:
+                raise Unavailable(f"hot store: {reply}")
+            ids[partition] = "0-0" if absent else _text(reply["last-generated-id"])
+        return ids
+
+    async def catalog_generation(self) -> int | None:
+        """The generation of the catalogue that gateways see; None: there is none."""
+        async with _translated():
+            reply = await self._client.get(keys.CATALOG_GENERATION)
+        text = _text(reply) if reply is not None else ""
+        return int(text) if text.isdecimal() else None
+
+    async def publish_catalog(self, catalogs: Catalogs) -> None:
+        """Replaces the catalogue and its generation at once."""
+        async with _translated(), self._client.pipeline(transaction=True) as pipeline:
+            pipeline.set(keys.CATALOG, catalogs.encode())
+            pipeline.set(keys.CATALOG_GENERATION, catalogs.generation)
+            await pipeline.execute()
+
+
+@asynccontextmanager
+async def _translated() -> AsyncIterator[None]:
+    try:
+        yield
+    except (RedisError, OSError, TimeoutError) as error:
+        raise Unavailable(f"hot store: {type(error).__name__}: {error}") from error
+
+
+def _name(request: bytes) -> Name | None:
+    """The account that an install request names; None when it names none."""
+    words = request.decode("ascii", "replace").split(" ")
+    return (words[0], words[1]) if len(words) == 2 and all(map(is_id, words)) else None
+
+
+def _text(reply: object) -> str:
+    return reply.decode() if isinstance(reply, bytes) else str(reply)
+
+
+def _bytes(reply: object) -> bytes:
+    assert isinstance(reply, bytes), f"the hot store answered a {type(reply).__name__}"
+    return reply

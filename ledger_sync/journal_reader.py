@@ -1,0 +1,235 @@
+"""The journal streams of some partitions, as a member of the ledger's consumer group reads them.
+
+The read position is the group's, in the hot store: it shares the fate of the streams. What was read and not
+acknowledged comes again. Nothing here is retried: Unavailable ends the reading; whoever starts it again reads what is
+pending first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Final, Self, cast
+
+import msgspec
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError, ResponseError
+
+from entitlement import keys
+from entitlement.errors import Unavailable
+from entitlement.journal import FIELD
+from ledger_sync.posting import Arrival
+
+TIMEOUT_S: Final = 10.0  # longer than any read blocks
+FETCH: Final = 512  # entries in one reply, about: reading shall not hold up decisions
+MAX_COUNT: Final = 256  # entries of one stream in one reply
+CLAIM: Final = 1_000
+ACKNOWLEDGE: Final = 1_000  # ids in one command
+
+Entries = dict[str, list[tuple[bytes, bytes | None]]]  # by stream: id and record, None for one that was trimmed
+StreamId = tuple[int, int]
+_Reply = list[tuple[bytes, list[tuple[bytes, list[bytes] | None]]]]
+
+
+class Lag(msgspec.Struct, frozen=True):
+    """Records in the journal that are not settled. `oldest_ms`: not before when the oldest was written, 0 = none."""
+
+    records: int
+    oldest_ms: int
+
+
+class JournalReader:
+    """Reads the streams of `partitions` under a stable consumer name. One caller at a time; others only ask."""
+
+    def __init__(self, client: Redis, partitions: Sequence[int], consumer: str) -> None:
+        self._client = client
+        for command in ("XREADGROUP", "XAUTOCLAIM"):
+            self._client.set_response_callback(command, _as_it_comes)
+        self.partitions = tuple(partitions)
+        self._streams = [keys.journal(partition) for partition in partitions]
+        self._consumer = consumer
+        self._count = max(1, FETCH // len(self._streams))
+
+    @classmethod
+    def connect(cls, url: str, partitions: Sequence[int], consumer: str) -> Self:
+        """Connects when first used."""
+        client: Redis = Redis.from_url(
+            url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, retry=Retry(NoBackoff(), 0), protocol=2
+        )
+        return cls(client, partitions, consumer)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def join(self) -> None:
+        """Makes streams and groups that do not exist, from the beginning, and takes over what other members left.
+
+        The caller holds the lease: no other member is at work.
+        """
+        with _translated():
+            async with self._client.pipeline(transaction=False) as pipeline:
+                for stream in self._streams:
+                    pipeline.xgroup_create(stream, keys.GROUP, id="0", mkstream=True)
+                replies = await pipeline.execute(raise_on_error=False)
+            for reply in replies:
+                if isinstance(reply, Exception) and "BUSYGROUP" not in str(reply):
+                    raise reply
+            for stream in self._streams:
+                await self._take_over(stream)
+
+    async def _take_over(self, stream: str) -> None:
+        start: str | bytes = "0-0"
+        while True:
+            reply = await self._command(
+                *("XAUTOCLAIM", stream, keys.GROUP, self._consumer, 0, start, "COUNT", CLAIM, "JUSTID")
+            )
+            start = cast("list[bytes]", reply)[0]
+            if start == b"0-0":
+                return
+
+    async def pending(self) -> AsyncIterator[Entries]:
+        """What was read and not acknowledged, from the beginning of each stream."""
+        positions = dict.fromkeys(self._streams, b"0")
+        while positions:
+            with _translated():
+                entries = await self._read(positions, MAX_COUNT)
+            if any(entries.values()):
+                yield entries
+            positions = {stream: found[-1][0] for stream, found in entries.items() if found}
+
+    async def new(self, block_ms: int) -> tuple[Entries, bool]:
+        """Entries that nobody has read, and whether there are likely more. Waits up to `block_ms`, 0: not at all.
+
+        Streams that have vanished are made anew.
+        """
+        count = self._count
+        try:
+            with _translated():
+                entries = await self._read(dict.fromkeys(self._streams, b">"), count, block_ms)
+        except Unavailable as error:
+            if "NOGROUP" not in str(error):
+                raise
+            await self.join()
+            return {}, True
+        # Few busy streams may fill a reply alone.
+        self._count = min(MAX_COUNT, max(1, FETCH // max(1, len(entries))))
+        return entries, any(len(found) >= count for found in entries.values())
+
+    async def _read(self, positions: Mapping[str, bytes], count: int, block_ms: int = 0) -> Entries:
+        words: list[str | bytes | int] = ["XREADGROUP", "GROUP", keys.GROUP, self._consumer, "COUNT", count]
+        if block_ms:
+            words += ["BLOCK", block_ms]
+        words += ["STREAMS", *positions]
+        reply = await self._command(*words, *positions.values())
+        return {
+            stream.decode(): [(entry_id, _record(fields)) for entry_id, fields in entries]
+            for stream, entries in cast("_Reply | None", reply) or ()
+        }
+
+    async def _command(self, *words: str | bytes | int) -> object:
+        """The answer is not looked at by the client library: this is the hot path."""
+        return await self._client.execute_command(*words)  # type: ignore[no-untyped-call]
+
+    async def acknowledge(self, settled: Mapping[str, Sequence[bytes]]) -> None:
+        """Everything up to these entries is committed: acknowledges them and trims their streams.
+
+        A trim goes by whole blocks of the stream and leaves the last entry, so it is bounded by what was acknowledged.
+        """
+        with _translated():
+            await self._acknowledge(settled)
+
+    async def _acknowledge(self, settled: Mapping[str, Sequence[bytes]]) -> None:
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for stream, ids in settled.items():
+                for first in range(0, len(ids), ACKNOWLEDGE):
+                    pipeline.xack(stream, keys.GROUP, *ids[first : first + ACKNOWLEDGE])
+                pipeline.xtrim(stream, minid=ids[-1], approximate=True)
+            await pipeline.execute()
+
+    async def is_settled(self, stream: str, stream_id: StreamId) -> bool:
+        """Whether every entry up to `stream_id` has been acknowledged, as the hot store knows it now."""
+        (position,) = await self._positions([stream])
+        return position is None or position.settled(stream_id)
+
+    async def lag(self) -> Lag:
+        """What is in these streams and not settled."""
+        behind = [position for position in await self._positions(self._streams) if position and position.unsettled]
+        return Lag(sum(position.unsettled for position in behind), min([p.oldest_ms for p in behind], default=0))
+
+    async def _positions(self, streams: Sequence[str]) -> list[_Position | None]:
+        """None: the stream, or the group, does not exist."""
+        with _translated():
+            async with self._client.pipeline(transaction=True) as pipeline:
+                for stream in streams:
+                    pipeline.xinfo_stream(stream)
+                    pipeline.xinfo_groups(stream)
+                    pipeline.xpending(stream, keys.GROUP)
+                replies = await pipeline.execute(raise_on_error=False)
+            return [_position(*replies[first : first + 3]) for first in range(0, len(replies), 3)]
+
+
+class _Position(msgspec.Struct, frozen=True):
+    """Where the group stands in one stream."""
+
+    delivered: StreamId  # the last entry that was read
+    pending: StreamId | None  # the first that was read and is not acknowledged
+    unsettled: int
+
+    @property
+    def oldest_ms(self) -> int:
+        return (self.pending or self.delivered)[0]
+
+    def settled(self, stream_id: StreamId) -> bool:
+        return self.delivered >= stream_id and (self.pending is None or self.pending > stream_id)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (RedisError, OSError) as error:
+        raise Unavailable(f"hot store: {type(error).__name__}: {error}") from error
+
+
+def _position(info: object, groups: object, pending: object) -> _Position | None:
+    for reply in (info, groups, pending):
+        if isinstance(reply, ResponseError) and ("no such key" in str(reply) or "NOGROUP" in str(reply)):
+            return None
+        if isinstance(reply, Exception):
+            raise reply
+    assert isinstance(info, dict) and isinstance(groups, list) and isinstance(pending, dict)
+    group = next(group for group in groups if group["name"] == keys.GROUP.encode())
+    delivered, last = parse_id(group["last-delivered-id"]), parse_id(info["last-generated-id"])
+    unread = group.get("lag") if last > delivered else 0
+    if unread is None:  # Not known after deletions in the middle; then at most:
+        unread = info["length"]
+    first = pending["min"]
+    return _Position(delivered, parse_id(first) if first else None, pending["pending"] + unread)
+
+
+def _as_it_comes(response: object, **_: object) -> object:
+    return response
+
+
+def parse_id(text: str | bytes) -> StreamId:
+    """'milliseconds-number'"""
+    if isinstance(text, bytes):
+        text = text.decode("ascii")
+    ms, _, number = text.partition("-")
+    return int(ms), int(number or 0)
+
+
+def _record(fields: Sequence[bytes] | None) -> bytes | None:
+    """The record of an entry; of one that has other fields, whatever it has, which no codec takes for a record."""
+    if fields is None:
+        return None
+    if len(fields) == 2 and fields[0] == FIELD:
+        return fields[1]
+    return b"not a journal record: " + b" ".join(fields)
+
+
+def arrivals(entries: Entries) -> list[Arrival]:
+    """The entries that still have a record, in the order of each stream."""
+    return [Arrival(stream, at, data) for stream, found in entries.items() for at, data in found if data is not None]

@@ -1,0 +1,209 @@
+"""Verify: proves that hot store and ledger agree to the nano, under load too, and repairs what does not.
+
+Each hot account is read at one moment of its own, say after its journal's record n. Once the ledger has come to n, its
+projections, less what it booked after n, must be the same. What differs is looked at again before it is called drift.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import structlog
+
+from entitlement.account import Account
+from ledger_sync import changes, conservation, drift, hot_deltas, verify_reads
+from ledger_sync.drift import PLACE, Difference, Place
+from ledger_sync.hot_store import HotStore
+from ledger_sync.install import rebuild
+from ledger_sync.pusher import Pusher
+from ledger_sync.refusals import NotFound
+
+if TYPE_CHECKING:
+    from ledger_sync.ledger import Ledger
+
+BATCH: Final = 500  # accounts looked at together
+LOOKS: Final = 3  # times that an account is seen to differ before it is drift
+WAIT_S: Final = 10.0  # for the ledger to come to what the hot accounts show, over the whole call
+POLL_S: Final = 0.02
+REBUILD_S: Final = 30.0
+MAX_LOGGED: Final = 20  # drifts of one report
+
+log = structlog.get_logger(__name__)
+
+
+class Drift(msgspec.Struct, frozen=True):
+    """One part of an account that is wrong. Nanos, of a meter units."""
+
+    customer: str
+    difference: Difference
+    sequence: int  # of the hot account; 0: found inside the ledger
+
+
+class Report(msgspec.Struct):
+    """What Verify found. `lag`: records that the hot accounts have shown and the ledger did not come to in time."""
+
+    totals: conservation.Totals
+    customers: int = 0
+    drifts: list[Drift] = []
+    lag: int = 0
+
+    @property
+    def drifted(self) -> int:
+        return len({item.customer for item in self.drifts})
+
+    @property
+    def drift_nanos(self) -> int:
+        """The absolute sum. How far behind an account's journal is, is no amount."""
+        return sum(abs(item.difference.drift) for item in self.drifts if item.difference.part != PLACE)
+
+
+class _Seen(msgspec.Struct, frozen=True):
+    """A hot account, with what the ledger said just before it was read."""
+
+    customer: str
+    account: Account
+    before: Place
+
+
+class Reconciler:
+    """Reads everything, changes nothing unless told to repair."""
+
+    def __init__(self, ledger: Ledger, hot: HotStore, pusher: Pusher, tenant: str) -> None:
+        self._ledger = ledger
+        self._hot = hot
+        self._pusher = pusher
+        self._tenant = tenant
+
+    async def verify(self, customer: str = "", *, repair: bool = False, actor: str = "unknown") -> Report:
+        """The report of what was found; with `repair` it has been healed when this returns, or is on its way: the
+        ledger is authoritative, its projections become the sums of its entries, and a ledger change makes the hot
+        account what they say. NotFound: no such customer.
+        """
+        report = await self._inside(customer, repair, actor)
+        deadline = monotonic() + WAIT_S
+        after = ""
+        while names := await self._accounts(customer, after):
+            report.customers += len(names)
+            found = await self._differing(names, deadline, report)
+            if repair:
+                for seen, differences in found:
+                    await self._repair(seen, differences, actor)
+            report.drifts += [
+                Drift(seen.customer, difference, seen.account.sequence)
+                for seen, differences in found
+                for difference in differences
+            ]
+            after = names[-1]
+            if customer:
+                break
+        if customer and not report.customers:
+            raise NotFound("customer", f"{customer!r} is unknown or has no contract")
+        for item in report.drifts[:MAX_LOGGED]:
+            part, hot, ledger = item.difference.part, item.difference.hot, item.difference.ledger
+            log.error("drift", customer=item.customer, part=part, hot=hot, ledger=ledger, sequence=item.sequence)
+        return report
+
+    async def _inside(self, customer: str, repair: bool, actor: str) -> Report:
+        async with self._ledger.transaction(isolation="repeatable_read", readonly=True) as connection:
+            report = Report(await conservation.totals(connection, self._tenant, customer))
+            found = await conservation.mismatches(connection, self._tenant, customer)
+        for item in found:
+            report.drifts.append(Drift(item.customer, Difference(item.part, item.projected, item.entries), 0))
+        if repair:
+            for name in sorted({item.customer for item in found}):
+                async with self._ledger.transaction() as connection:
+                    await conservation.repair(connection, self._tenant, actor, name)
+        return report
+
+    async def _accounts(self, customer: str, after: str) -> list[str]:
+        async with self._ledger.transaction(readonly=True) as connection:
+            rows = await connection.fetch(
+                """SELECT customer FROM accounts WHERE tenant = $1 AND ($2 = '' OR customer = $2) AND customer > $3
+                   ORDER BY customer LIMIT $4""",
+                *(self._tenant, customer, after, BATCH),
+            )
+        return [row["customer"] for row in rows]
+
+    async def _differing(
+        self, names: Sequence[str], deadline: float, report: Report
+    ) -> list[tuple[_Seen, list[Difference]]]:
+        """The accounts that differ each time they are looked at, with how they did the last time."""
+        found: list[tuple[_Seen, list[Difference]]] = []
+        for look in range(LOOKS):
+            if look:
+                await asyncio.sleep(POLL_S * look)
+            found, lag = await self._look(names, deadline)
+            report.lag += lag if look == 0 else 0
+            names = [seen.customer for seen, _ in found]
+            if not names:
+                break
+        return found
+
+    async def _look(self, names: Sequence[str], deadline: float) -> tuple[list[tuple[_Seen, list[Difference]]], int]:
+        async with self._ledger.transaction(readonly=True) as connection:
+            mark = await verify_reads.mark(connection, self._tenant, names)
+        accounts = await self._hot.snapshots([(self._tenant, name) for name in names])
+        seen = [
+            _Seen(name, account, mark.places[name])
+            for name, account in zip(names, accounts, strict=True)
+            if account is not None and mark.places[name].epoch
+        ]
+        reached, lag = await self._reach(seen, deadline)
+        if not reached:
+            return [], lag
+        wanted = {item.customer: item.account for item in reached}
+        async with self._ledger.transaction(isolation="repeatable_read", readonly=True) as connection:
+            books = await verify_reads.books(connection, self._tenant, wanted, mark)
+        found = []
+        for item in reached:
+            behind = drift.is_behind(item.account, item.before)
+            if differences := drift.differences(item.account, books[item.customer], behind=behind):
+                found.append((item, differences))
+        return found, lag
+
+    async def _reach(self, seen: list[_Seen], deadline: float) -> tuple[list[_Seen], int]:
+        """Waits until the ledger has come to where the hot accounts were; those for which it has, and the lag."""
+        while True:
+            async with self._ledger.transaction(readonly=True) as connection:
+                places = await verify_reads.places(connection, self._tenant, [item.customer for item in seen])
+            late = {
+                item.customer: missing
+                for item in seen
+                if (missing := item.account.sequence - places[item.customer].sequence) > 0
+            }
+            if not late or monotonic() > deadline:
+                return [item for item in seen if item.customer not in late], sum(late.values())
+            await asyncio.sleep(POLL_S)
+
+    async def _repair(self, seen: _Seen, found: list[Difference], actor: str) -> None:
+        text = "; ".join(f"{item.part} hot {item.hot} ledger {item.ledger}" for item in found)
+        name = (self._tenant, seen.customer)
+        if any(item.part == PLACE for item in found):  # Whatever it lost, it is built anew.
+            async with self._ledger.transaction() as connection:
+                await changes.audit(connection, self._tenant, actor, "Rebuild", seen.customer, text)
+            async with asyncio.timeout(REBUILD_S):
+                await rebuild(self._hot, name)
+            return
+        change = drift.repair(found, seen.account.period_start)
+        async with self._ledger.transaction() as connection:
+            account = await changes.lock(connection, *name)
+            version = await hot_deltas.decide(connection, *name, change)
+            await changes.book(
+                connection,
+                changes.Transaction(
+                    tenant=self._tenant,
+                    customer=seen.customer,
+                    kind="adjust",
+                    key=f"repair:{seen.customer}:{version}",
+                    credit_type=account.config.credit_type,
+                    version=version,
+                    entries=(),
+                    note=text[: changes.MAX_DETAIL],
+                ),
+            )
+            await changes.audit(connection, self._tenant, actor, "Repair", seen.customer, text)
+        self._pusher.wake()

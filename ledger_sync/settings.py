@@ -1,0 +1,140 @@
+"""ledger_sync's settings: one frozen value from environment and file, unknown names refused."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+import msgspec
+
+from entitlement.errors import InvalidArgument
+from entitlement.identity import check_id
+from entitlement.quantity import within
+
+PREFIX: Final = "ENTITLEMENT_SYNC_"
+_SECRET: Final = ("redis_url", "database_url", "publisher")  # may hold a password
+_BOUNDS: Final = {
+    "partitions": (1, 1_024),
+    "publisher_deadline_ms": (100, 600_000),
+    "batch": (1, 5_000),
+    "lanes": (1, 16),
+    "linger_ms": (0, 1_000),
+    "connections": (4, 100),
+    "start_ms": (0, 600_000),
+    "stop_ms": (0, 600_000),
+}
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Each field is ENTITLEMENT_SYNC_<FIELD> in the environment and <field> in the file; the environment wins."""
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    database_url: str = "postgresql://127.0.0.1:5432/entitlement"
+    listen: str = "127.0.0.1:8081"  # of LedgerAdmin, comma-separated: host:port (port 0: a free one) or unix:/path
+    tenant: str = "default"
+    partitions: int = 64  # fixed when a deployment is created, 1..1024
+    publisher: str = ""  # where events go (see ledger_sync.publisher); empty: a stream in the hot store
+    publisher_deadline_ms: int = 10_000  # 100..600000
+    insecure: bool = False  # true: plaintext TCP beyond the loopback interface
+    reflection: bool = False
+    consumer: str = "ledger-sync"  # its name in the journal's consumer group: the same after a restart
+    batch: int = 2_000  # 1..5000 records in one transaction
+    lanes: int = 2  # 1..16 batches at once, each of partitions of its own
+    linger_ms: int = 20  # 0..1000: how long a small batch gathers
+    connections: int = 8  # 4..100 to the database
+    metrics: str = ""  # host:port of the figures for Prometheus; empty: none
+    start_ms: int = 60_000  # 0..600000: how long the database may take to come
+    stop_ms: int = 5_000  # 0..600000: how long calls in flight may finish after SIGTERM
+    log_level: str = "info"
+
+    def __repr__(self) -> str:
+        """Without what may hold a secret."""
+        shown = [
+            f"{name}={_location(value) if name in _SECRET else value!r}"
+            for name in self.__struct_fields__
+            for value in [getattr(self, name)]
+        ]
+        return f"Settings({', '.join(shown)})"
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(address.strip() for address in self.listen.split(",") if address.strip())
+
+
+def load(environment: Mapping[str, str] | None = None) -> Settings:
+    """Settings from ENTITLEMENT_SYNC_* and the TOML file that ENTITLEMENT_SYNC_FILE names.
+
+    Raises InvalidArgument, which names the setting, its problem and what is expected; never its secret.
+    """
+    environment = os.environ if environment is None else environment
+    given = {name.removeprefix(PREFIX).lower(): value for name, value in environment.items() if name.startswith(PREFIX)}
+    file = given.pop("file", "")
+    values: dict[str, object] = dict(_read(file)) if file else {}
+    values |= given
+    known = Settings.__struct_fields__
+    for name in values:
+        if name not in known:
+            raise InvalidArgument(name, f"is not a setting; known are {', '.join(known)}, file")
+    try:
+        settings = msgspec.convert(values, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        raise InvalidArgument("settings", str(error)) from None
+    return _checked(settings)
+
+
+def _read(file: str) -> dict[str, object]:
+    try:
+        return tomllib.loads(Path(file).read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidArgument("file", f"{file!r} cannot be read as TOML: {error}") from None
+
+
+def _checked(settings: Settings) -> Settings:
+    check_id("tenant", settings.tenant)
+    check_id("consumer", settings.consumer)
+    for name, (low, high) in _BOUNDS.items():
+        within(name, getattr(settings, name), low, high)
+    if settings.lanes > settings.partitions:
+        raise InvalidArgument("lanes", f"{settings.lanes} is more than the {settings.partitions} partitions")
+    if settings.log_level not in ("debug", "info", "warning", "error"):
+        raise InvalidArgument("log_level", f"{settings.log_level!r} is not one of debug, info, warning, error")
+    if not settings.addresses:
+        raise InvalidArgument("listen", "is empty; expected host:port or unix:/path, comma-separated")
+    for address in settings.addresses:
+        if not address.startswith("unix:/"):
+            _check_loopback(address, split_address("listen", address)[0], insecure=settings.insecure)
+    if settings.metrics:
+        split_address("metrics", settings.metrics)
+    return settings
+
+
+def split_address(field: str, address: str) -> tuple[str, int]:
+    """Host and port of 'host:port'."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
+        raise InvalidArgument(field, f"{address!r} is not host:port (port 0..65535) or unix:/path")
+    return host, int(port)
+
+
+def _check_loopback(address: str, host: str, *, insecure: bool) -> None:
+    if host not in ("127.0.0.1", "localhost", "[::1]") and not insecure:
+        raise InvalidArgument(
+            "listen",
+            f"{address!r} would serve plaintext beyond this machine; "
+            "use a loopback or unix:/ address, or say insecure = true",
+        )
+
+
+def _location(url: str) -> str:
+    """Where a URL leads, at most: everything else in it may be a secret."""
+    if not url:
+        return "''"
+    try:
+        parts = urlsplit(url)
+        return f"'{parts.scheme}://***@{parts.hostname or parts.path}'"
+    except ValueError:
+        return "'***'"

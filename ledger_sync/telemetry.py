@@ -1,0 +1,57 @@
+"""What can be seen from outside: JSON logs on stderr and figures for Prometheus. No figure is labelled by tenant."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Final
+
+import structlog
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
+
+
+def configure_logs(level: str) -> None:
+    """structlog writes one JSON object a line to stderr, from `level` on."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+class Figures:
+    """Every figure of ledger_sync, in one registry."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"entitlement_sync_{name}", text, labels, registry=registry)
+
+        self.records = counter("records", "Journal records settled, by what became of them.", "outcome")
+        self.rejected = counter("rejected", "Journal records put into quarantine, by reason.", "reason")
+        self.gaps = counter("sequence_gaps", "Holes in the journals of accounts.")
+        self.published = counter("published", "Events that a publisher has accepted.")
+        self.publish_failures = counter("publish_failures", "Publishes that did not succeed and were tried again.")
+        self.restarts = counter("loop_restarts", "Loops that ended with an error and were started again.", "loop")
+        self.batch = Histogram(
+            "entitlement_sync_batch_seconds",
+            "From a batch's first read to its commit.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.age = Histogram(
+            "entitlement_sync_settle_seconds",
+            "From the decision to the ledger's commit, of each batch's oldest record.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.lag = Gauge("entitlement_sync_journal_lag", "Journal records that are not settled.", registry=registry)
+        self.healthy = Gauge("entitlement_sync_loop_healthy", "1: the loop runs.", ("loop",), registry=registry)
