@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 from struct import Struct
+from typing import TypeAlias
 
 import msgspec
 
@@ -71,12 +72,16 @@ class Limits(msgspec.Struct, frozen=True):
     remember_ms: int = HOUR  # how long a key's first answer is kept in the hot store
 
 
+Dimensions: TypeAlias = tuple[tuple[str, str], ...]  # sorted by name
+Shape: TypeAlias = tuple[str, Dimensions]  # what a line is priced by: its feature and its dimensions
+
+
 class Line(msgspec.Struct, frozen=True, gc=False):
     """Units of one feature; the dimensions pick the rate."""
 
     feature: str
     quantity: int
-    dimensions: tuple[tuple[str, str], ...] = ()  # sorted by name
+    dimensions: Dimensions = ()
 
 
 class Consume(msgspec.Struct, frozen=True, gc=False):
@@ -93,11 +98,19 @@ class Consume(msgspec.Struct, frozen=True, gc=False):
 
 
 class Price(msgspec.Struct, frozen=True, gc=False):
-    """What one usage line is charged by: the meter it counts on, the compiled rate ('-': none), shadow or not."""
+    """What one usage line is charged by: the meter it counts on, the compiled rate, shadow or not.
+
+    The rate '-' stands for no price, '!' for no such feature.
+    """
 
     meter: str
     rate: str
     shadow: bool = False
+
+    @property
+    def feature(self) -> str:
+        """A meter's name starts with its feature's."""
+        return self.meter.partition(",")[0]
 
 
 class Charge(msgspec.Struct, frozen=True, gc=False):
@@ -185,23 +198,24 @@ def consume_keys(request: Consume, partition: int) -> tuple[str, bytes, str]:
 
 def consume_arguments(request: Consume, charge: Charge, limits: Limits) -> list[str | bytes | int]:
     """ARGV of consume.lua."""
-    arguments: list[str | bytes | int] = [
-        fingerprint(request.payload),
-        int(request.mode),
-        request.event_ms,
-        limits.oldest_ms,
-        limits.newest_ms,
-        limits.remember_ms,
-        charge.plan,
-        charge.version,
-        charge.from_ms,
-        charge.until_ms,
-        f"{request.tenant} {request.customer}",
-        request.payload,
-        len(request.lines),
+    return [
+        *(fingerprint(request.payload), request.payload, int(request.mode), request.event_ms),
+        *account_arguments(request.tenant, request.customer, limits),
+        *charge_arguments(charge),
+        *[line.quantity for line in request.lines],
     ]
-    for line, price in zip(request.lines, charge.prices, strict=True):
-        arguments += (line.feature, price.meter, line.quantity, price.rate, "s" if price.shadow else "-")
+
+
+def account_arguments(tenant: str, customer: str, limits: Limits) -> tuple[str | int, ...]:
+    """The part of ARGV that is the same for every call of a customer."""
+    return (f"{tenant} {customer}", limits.remember_ms, limits.oldest_ms, limits.newest_ms)
+
+
+def charge_arguments(charge: Charge) -> list[str | int]:
+    """The part of ARGV that is the same for every call with these prices."""
+    arguments: list[str | int] = [charge.plan, charge.version, charge.from_ms, charge.until_ms, len(charge.prices)]
+    for price in charge.prices:
+        arguments += (price.feature, price.meter, price.rate, "s" if price.shadow else "-")
     return arguments
 
 
@@ -237,36 +251,48 @@ def parse_answer(reply: bytes, at: int, credit_type: str, request: Consume, *, r
         at += _REST.size
     count = reply[at]
     at += 1
+    if count == 1 and not flags & _QUOTAS:
+        q0, q1, q2, c0, c1, c2 = _LINE.unpack_from(reply, at)
+        charged: tuple[Charged, ...] = (Charged(q0 + (q1 << 32) + (q2 << 48), (c0 + (c1 << 32)) * NANOS + c2),)
+        quotas: tuple[QuotaState, ...] = ()
+    else:
+        charged, quotas = _parse_lines(reply, at, count, request, limited=bool(flags & _QUOTAS))
+    return Decision(
+        _VERDICTS[verdict],
+        _REASONS[reason],
+        -1 if failed == _NONE else failed,
+        flags & _SHADOW == _SHADOW,
+        epoch,
+        s0 + (s1 << 32),
+        credit_type,
+        (a0 + (a1 << 32)) * NANOS + a2,
+        held,
+        (t0 + (t1 << 32)) * NANOS + t2,
+        overage,
+        gate,
+        str(version) if version else "",
+        charged,
+        quotas,
+        replayed,
+    )
+
+
+def _parse_lines(
+    reply: bytes, at: int, count: int, request: Consume, *, limited: bool
+) -> tuple[tuple[Charged, ...], tuple[QuotaState, ...]]:
     charged, quotas = [], {}
     for index in range(count):
         q0, q1, q2, c0, c1, c2 = _LINE.unpack_from(reply, at)
         charged.append(Charged(q0 + (q1 << 32) + (q2 << 48), _nanos(c0, c1, c2)))
         at += _LINE.size
-        if flags & _QUOTAS:
+        if limited:
             soft, u0, u1, u2, l0, l1, l2, r0, r1 = _QUOTA.unpack_from(reply, at)
             at += _QUOTA.size
             if soft != _NONE:
                 feature = request.lines[index].feature
                 used, limit = u0 + (u1 << 32) + (u2 << 48), l0 + (l1 << 32) + (l2 << 48)
                 quotas[feature] = QuotaState(feature, used, limit, r0 + (r1 << 32), soft == 1)
-    return Decision(
-        verdict=_VERDICTS[verdict],
-        reason=_REASONS[reason],
-        failed_line=-1 if failed == _NONE else failed,
-        shadow=bool(flags & _SHADOW),
-        epoch=epoch,
-        sequence=s0 + (s1 << 32),
-        credit_type=credit_type,
-        available=_nanos(a0, a1, a2),
-        held=held,
-        settled=_nanos(t0, t1, t2),
-        overage=overage,
-        gate=gate,
-        rate_version=str(version) if version else "",
-        charged=tuple(charged),
-        quotas=tuple(quotas.values()),
-        replayed=replayed,
-    )
+    return tuple(charged), tuple(quotas.values())
 
 
 def _nanos(low: int, high: int, rest: int) -> int:

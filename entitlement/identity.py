@@ -11,6 +11,7 @@ from entitlement.errors import InvalidArgument
 MAX_ID_BYTES = 128
 MAX_NAME_BYTES = 64
 MAX_DIMENSIONS = 8
+DIGEST_BYTES = 16
 
 # No ':' '{' '}' ';' ',' space, control or non-ASCII character: an id stands unescaped in keys, records and logs.
 _ID = re.compile(r"[A-Za-z0-9._~@/+=-]{1,128}", re.ASCII)
@@ -48,7 +49,7 @@ def key_digest(tenant: str, customer: str, key: str) -> bytes:
 
     Injective up to BLAKE2b collisions: NUL cannot occur in an id, so the joined text is unambiguous.
     """
-    return hashlib.blake2b(f"{tenant}\0{customer}\0{key}".encode(), digest_size=16).digest()
+    return hashlib.blake2b(f"{tenant}\0{customer}\0{key}".encode(), digest_size=DIGEST_BYTES).digest()
 
 
 def fingerprint(payload: bytes) -> bytes:

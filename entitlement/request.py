@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from entitlement.decision import Consume, Line, Mode
+from functools import lru_cache
+
+from entitlement.decision import Consume, Line, Mode, Shape
 from entitlement.errors import InvalidArgument
-from entitlement.identity import MAX_DIMENSIONS, check_id, check_name, check_value, is_id, is_name, is_value
+from entitlement.identity import MAX_DIMENSIONS, check_id, check_name, check_value, is_id
 from entitlement.quantity import MAX_LINES, MAX_QUANTITY
 from entitlement.v1 import gateway_pb2 as pb
 
 MAX_REQUEST_BYTES = 16_384
+MAX_REMEMBERED_SHAPES = 16_384  # distinct usage lines, but for their quantity, whose check is remembered
 MAX_SECONDS = 253_402_300_799  # 9999-12-31T23:59:59Z, protobuf's own bound
 
 _MODES = {0: Mode.NORMAL, 1: Mode.NORMAL, 2: Mode.BEST_EFFORT, 3: Mode.CHECK_ONLY, 4: Mode.ADJUST_ONLY}
@@ -38,31 +41,40 @@ def parse_lines(request: pb.CheckAndConsumeRequest, mode: Mode) -> tuple[Line, .
     usage = request.usage
     if not 1 <= len(usage) <= MAX_LINES:
         raise InvalidArgument("usage", f"has {len(usage)} lines; expected 1..{MAX_LINES}")
-    lines = tuple([_line(index, line) for index, line in enumerate(usage)])
+    lines = (
+        (_line(0, usage[0]),) if len(usage) == 1 else tuple([_line(index, line) for index, line in enumerate(usage)])
+    )
     if mode is not Mode.CHECK_ONLY and not any(line.quantity for line in lines):
         raise InvalidArgument("usage[0].quantity", f"0 in every line consumes nothing; expected 1..{MAX_QUANTITY}")
     return lines
 
 
 def _line(index: int, usage: pb.Usage) -> Line:
-    feature, quantity = usage.feature, usage.quantity
-    if not is_name(feature):
-        check_name(f"usage[{index}].feature", feature)
+    quantity = usage.quantity
     if not 0 <= quantity <= MAX_QUANTITY:
         raise InvalidArgument(f"usage[{index}].quantity", f"{quantity} is outside 0..{MAX_QUANTITY}")
-    if not usage.dimensions:
-        return Line(feature, quantity)
+    usage.quantity = 0  # What is left is the line's shape; shapes repeat, so that one is checked once.
+    try:
+        feature, dimensions = _shape(usage.SerializeToString(deterministic=True))
+    except InvalidArgument as error:
+        raise InvalidArgument(f"usage[{index}].{error.field}", error.problem) from None
+    finally:
+        usage.quantity = quantity
+    return Line(feature, quantity, dimensions)
+
+
+@lru_cache(MAX_REMEMBERED_SHAPES)
+def _shape(encoded: bytes) -> Shape:
+    """The feature and dimensions of a usage line, checked. Pure: what is remembered is only the work."""
+    usage = pb.Usage.FromString(encoded)
+    check_name("feature", usage.feature)
     dimensions = tuple(sorted(usage.dimensions.items()))
     if len(dimensions) > MAX_DIMENSIONS:
-        raise InvalidArgument(
-            f"usage[{index}].dimensions", f"has {len(dimensions)} dimensions; expected at most {MAX_DIMENSIONS}"
-        )
+        raise InvalidArgument("dimensions", f"has {len(dimensions)} dimensions; expected at most {MAX_DIMENSIONS}")
     for name, value in dimensions:
-        if not is_name(name):
-            check_name(f"usage[{index}].dimensions key", name)
-        if not is_value(value):
-            check_value(f"usage[{index}].dimensions[{name}]", value)
-    return Line(feature, quantity, dimensions)
+        check_name("dimensions key", name)
+        check_value(f"dimensions[{name}]", value)
+    return usage.feature, dimensions
 
 
 def _event_ms(request: pb.CheckAndConsumeRequest) -> int:

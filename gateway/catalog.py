@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable
 
 from entitlement.catalog import RateCard, Snapshot
-from entitlement.decision import Charge, Consume, Price, Stale
+from entitlement.decision import Charge, Consume, Price, Shape, Stale
 from entitlement.rating import most_specific
 
 MAX_REMEMBERED_CHARGES = 20_000  # distinct shapes of usage lines per rate card version
 MAX_REMEMBERED_PLANS = 200_000  # customers whose plan is remembered
 
-_Shape = tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+_Shape = tuple[Shape, ...]
 NO_PLAN = "-"
 
 
@@ -88,7 +88,11 @@ class Catalog:
         version = self._current.get(plan)
         if version is None or not version.holds(at):
             version = self._at(plan, at, keep=not request.event_ms)
-        shape = tuple([(line.feature, line.dimensions) for line in request.lines])
+        lines = request.lines
+        if len(lines) == 1:
+            shape: _Shape = ((lines[0].feature, lines[0].dimensions),)
+        else:
+            shape = tuple([(line.feature, line.dimensions) for line in lines])
         return self._unpriced(plan, at, shape) if version is None else version.charge(shape)
 
     def learn(self, request: Consume, stale: Stale) -> None:

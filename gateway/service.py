@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NoReturn
 
 import grpc
@@ -74,24 +74,26 @@ class GatewayService(rpc.EntitlementGatewayServicer):
         try:
             if not 1 <= len(request.requests) <= MAX_BATCH:
                 raise InvalidArgument("requests", f"has {len(request.requests)} requests; expected 1..{MAX_BATCH}")
-            return pb.CheckAndConsumeBatchResponse(responses=await self._decide(request.requests))
+            answer = pb.CheckAndConsumeBatchResponse()
+            await self._decide(request.requests, answer.responses.add)
+            return answer
         except EntitlementError as error:
             await refuse(context, error)
 
-    async def _decide(self, requests: Sequence[pb.CheckAndConsumeRequest]) -> list[pb.CheckAndConsumeResponse]:
+    async def _decide(
+        self, requests: Sequence[pb.CheckAndConsumeRequest], answer: Callable[[], pb.CheckAndConsumeResponse]
+    ) -> None:
         """Every request's own answer, in order: a decision, or the error that its single call would have had."""
         parsed = [self._parsed(request) for request in requests]
-        good = [consume for consume in parsed if isinstance(consume, Consume)]
+        good = [consume for consume in parsed if type(consume) is Consume]
         decided = iter(await self._admission.admit_many(good) if good else ())
-        answers = []
         for request, consume in zip(requests, parsed, strict=True):
-            outcome = next(decided) if isinstance(consume, Consume) else consume
-            if isinstance(consume, Consume) and isinstance(outcome, Decision):
-                answers.append(response(consume, outcome))
+            outcome = next(decided) if type(consume) is Consume else consume
+            if type(outcome) is Decision and type(consume) is Consume:
+                fill(answer(), consume, outcome)
             else:
                 assert isinstance(outcome, EntitlementError)
-                answers.append(_failed(request, outcome))
-        return answers
+                answer().MergeFrom(_failed(request, outcome))
 
     def _parsed(self, request: pb.CheckAndConsumeRequest) -> Consume | EntitlementError:
         try:
@@ -108,10 +110,17 @@ class GatewayService(rpc.EntitlementGatewayServicer):
             yield answer
 
     async def _answer(self, requests: Sequence[pb.CheckAndConsumeRequest]) -> list[pb.CheckAndConsumeResponse]:
+        answers: list[pb.CheckAndConsumeResponse] = []
+
+        def answer() -> pb.CheckAndConsumeResponse:
+            answers.append(pb.CheckAndConsumeResponse())
+            return answers[-1]
+
         try:
-            return await self._decide(requests)
+            await self._decide(requests, answer)
         except EntitlementError as error:
             return [_failed(request, error) for request in requests]
+        return answers
 
     async def GetBalance(self, request: pb.GetBalanceRequest, context: _Context) -> pb.GetBalanceResponse:
         try:
@@ -178,32 +187,39 @@ async def refuse(context: _Context, error: EntitlementError) -> NoReturn:
 
 def response(request: Consume, decision: Decision) -> pb.CheckAndConsumeResponse:
     """The decision on the wire."""
-    lines, version = request.lines, decision.rate_version
-    return pb.CheckAndConsumeResponse(
-        verdict=int(decision.verdict),  # type: ignore[arg-type]
-        reason=int(decision.reason),  # type: ignore[arg-type]
-        consumed=[
-            pb.Consumed(feature=line.feature, quantity=c.quantity, amount_nanos=c.amount, rate_card_version=version)
-            for line, c in zip(lines, decision.charged, strict=False)
-        ],
-        balance=pb.Balance(
-            credit_type=decision.credit_type,
-            available_nanos=decision.available,
-            held_nanos=decision.held,
-            settled_nanos=decision.settled,
-            overage_nanos=decision.overage,
-            gate_nanos=decision.gate,
-            quotas=[_quota(quota) for quota in decision.quotas],
-            epoch=decision.epoch,
-            sequence=decision.sequence,
-        ),
-        replayed=decision.replayed,
-        shadow=decision.shadow,
-        idempotency_key=request.key,
-        epoch=decision.epoch,
-        sequence=decision.sequence,
-        failed_feature=lines[decision.failed_line].feature if decision.failed_line >= 0 else "",
-    )
+    answer = pb.CheckAndConsumeResponse()
+    fill(answer, request, decision)
+    return answer
+
+
+def fill(answer: pb.CheckAndConsumeResponse, request: Consume, decision: Decision) -> None:
+    """Writes the decision into an empty answer, field by field: a third of the time that a constructor takes."""
+    answer.verdict = decision.verdict  # type: ignore[assignment]
+    for line, charged in zip(request.lines, decision.charged, strict=False):
+        consumed = answer.consumed.add()
+        consumed.feature = line.feature
+        consumed.quantity = charged.quantity
+        consumed.amount_nanos = charged.amount
+        consumed.rate_card_version = decision.rate_version
+    balance = answer.balance
+    balance.credit_type = decision.credit_type
+    balance.available_nanos = decision.available
+    balance.settled_nanos = decision.settled
+    balance.epoch = answer.epoch = decision.epoch
+    balance.sequence = answer.sequence = decision.sequence
+    answer.idempotency_key = request.key
+    if decision.held or decision.overage or decision.gate:
+        balance.held_nanos = decision.held
+        balance.overage_nanos = decision.overage
+        balance.gate_nanos = decision.gate
+    if decision.quotas:
+        balance.quotas.extend([_quota(quota) for quota in decision.quotas])
+    if decision.replayed or decision.shadow or decision.reason:
+        answer.replayed = decision.replayed
+        answer.shadow = decision.shadow
+        answer.reason = decision.reason  # type: ignore[assignment]
+        if decision.failed_line >= 0:
+            answer.failed_feature = request.lines[decision.failed_line].feature
 
 
 def balance_response(account: Account, now_ms: int) -> pb.GetBalanceResponse:

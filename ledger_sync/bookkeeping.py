@@ -99,7 +99,7 @@ class Bookkeeper:
         return Known(
             positions,
             await _events(connection, batch),
-            await _transactions(connection, batch, positions),
+            await _transactions(connection, batch),
             await self._names(connection, batch),
         )
 
@@ -145,19 +145,15 @@ async def _events(connection: Connection, batch: Sequence[Posted]) -> dict[tuple
     }
 
 
-async def _transactions(
-    connection: Connection, batch: Sequence[Posted], positions: dict[Who, Position]
-) -> set[tuple[str, str, str]]:
-    """What the ledger has of the rolls and changes among records that have been passed already: hardly ever any."""
+async def _transactions(connection: Connection, batch: Sequence[Posted]) -> set[tuple[str, str, str]]:
+    """What the ledger has of the transactions that rolls and changes would make; they are rare."""
     keys: dict[str, list[str]] = {}
     for posted in batch:
         record = posted.record
-        if isinstance(record, Consumed):
-            continue
-        position = positions.get((record.tenant, record.customer))
-        if position and record.sequence <= position.sequence:
-            key = close_key(record) if isinstance(record, Rolled) else delta_key(record)
-            keys.setdefault(record.tenant, []).append(key)
+        if isinstance(record, Rolled):
+            keys.setdefault(record.tenant, []).append(close_key(record))
+        elif isinstance(record, Adjusted):
+            keys.setdefault(record.tenant, []).append(delta_key(record))
     return {
         (tenant, row[0], row[1])
         for tenant, named in keys.items()

@@ -52,16 +52,17 @@ class LedgerRefused(LedgerError):
 
 
 class Lease:
-    """An advisory lock that lives as long as its connection."""
+    """An advisory lock that lives as long as its connection. `lost` is set when the database has ended it."""
 
     def __init__(self, name: str, connection: asyncpg.Connection[asyncpg.Record]) -> None:
         self.name = name
-        self._connection = connection
+        self.lost = asyncio.Event()
+        connection.add_termination_listener(lambda _: self.lost.set())
 
     @property
     def held(self) -> bool:
-        """False once the database has ended the connection; another may hold the lease then."""
-        return not self._connection.is_closed()
+        """False: another may hold the lease by now."""
+        return not self.lost.is_set()
 
     def check(self) -> None:
         """Raises LedgerUnavailable when the lease is lost."""

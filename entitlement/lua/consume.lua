@@ -3,12 +3,12 @@
 -- validated before the first write.
 --
 -- KEYS  1 account (hash)  2 idempotency record (string)  3 journal (stream)          all with the partition's hash tag
--- ARGV  1 fingerprint (8 bytes)      2 mode: 1 normal, 2 best effort, 3 check only, 4 adjust only
---       3 event time ms, 0 = now     4 oldest event, ms before now     5 newest event, ms after now
---       6 memory of the key, ms      7 plan (rate card)     8 its version     9, 10 [from, until) ms of that version, until 0 = none
---       11 'tenant customer'         12 the request, as journaled             13 number of usage lines
---       then for each line: feature, meter, quantity, compiled rate or '-' (no price) or '!' (no such feature),
---       's' (shadow) or '-'
+-- ARGV  1 fingerprint (8 bytes)      2 the request, as journaled
+--       3 mode: 1 normal, 2 best effort, 3 check only, 4 adjust only            4 event time ms, 0 = now
+--       5 'tenant customer'          6 memory of the key, ms      7 oldest event, ms before now    8 newest, ms after now
+--       9 plan (rate card)          10 its version     11, 12 [from, until) ms of that version, until 0 = none
+--       13 number of usage lines, then for each line: feature, meter, compiled rate or '-' (no price) or '!' (no such
+--       feature), 's' (shadow) or '-'; then each line's quantity
 --       All numbers are plain decimal integers; the caller has checked them.
 -- Returns one string:
 --       '=' credit_type NUL answer (decided now)    '~' credit_type NUL answer (this key's first answer)
@@ -18,7 +18,7 @@
 --       An amount is its pair as i5 I4. At most 100 bytes with its key for one line, so that an hour of keys stays small.
 local ARGS, NONE = 13, 255
 
-local check = ARGV[2] == '3'
+local check = ARGV[3] == '3'
 local stored = not check and redis.call('GET', KEYS[2])
 if stored then
   if string.sub(stored, 1, 8) ~= ARGV[1] then return '!MISMATCH' end
@@ -27,10 +27,11 @@ if stored then
 end
 
 local n = tonumber(ARGV[13])
+local QUANTITIES = ARGS + 4 * n
 local names = {'c', 'd', 'g', 'u:' .. ARGV[ARGS + 2], 'q:' .. ARGV[ARGS + 1]}
 for i = 2, n do
-  names[2 * i + 2] = 'u:' .. ARGV[ARGS + 5 * i - 3]
-  names[2 * i + 3] = 'q:' .. ARGV[ARGS + 5 * i - 4]
+  names[2 * i + 2] = 'u:' .. ARGV[ARGS + 4 * i - 2]
+  names[2 * i + 3] = 'q:' .. ARGV[ARGS + 4 * i - 3]
 end
 local fields = redis.call('HMGET', KEYS[1], unpack(names))
 if not fields[1] then return '!NOT_LOADED' end
@@ -39,19 +40,19 @@ if fields[1] == 'missing' then return '=\0' .. struct.pack('<BBBBI4I6I4i5I4i5I4B
 local a = read_config(fields[1])
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
-local event = tonumber(ARGV[3])
+local event = tonumber(ARGV[4])
 if event == 0 then event = now
-elseif event < now - ARGV[4] or event > now + ARGV[5] then return '!TIME ' .. integer(now) end
+elseif event < now - ARGV[7] or event > now + ARGV[8] then return '!TIME ' .. integer(now) end
 local at = math.min(event, now) -- An event a little ahead of this clock is decided as of now.
-local until_ = tonumber(ARGV[10])
-if a.plan ~= ARGV[7] or at < tonumber(ARGV[9]) or (until_ > 0 and at >= until_) then
+local until_ = tonumber(ARGV[12])
+if a.plan ~= ARGV[9] or at < tonumber(ARGV[11]) or (until_ > 0 and at >= until_) then
   return '!STALE ' .. a.plan .. ' ' .. integer(now)
 end
 
 read_state(a, fields[2])
 local grants = read_grants(fields[3])
 if a.to > 0 and now >= a.to then
-  roll(KEYS[1], KEYS[3], ARGV[11], a, grants, now)
+  roll(KEYS[1], KEYS[3], ARGV[5], a, grants, now)
   for i = 1, n do fields[2 * i + 2] = false end
 end
 
@@ -61,13 +62,13 @@ if at < a.from then
   read_terms(a)
   started = period(tonumber(a.recurrence), tonumber(a.anchor), at)
   prefix = 'U:' .. integer(started) .. ':'
-  for i = 1, n do fields[2 * i + 2] = redis.call('HGET', KEYS[1], prefix .. ARGV[ARGS + 5 * i - 3]) end
+  for i = 1, n do fields[2 * i + 2] = redis.call('HGET', KEYS[1], prefix .. ARGV[ARGS + 4 * i - 2]) end
 end
 
 local meters, quotas, limited = {}, {}, false
 for i = 1, n do
-  local feature, q = ARGV[ARGS + 5 * i - 4], fields[2 * i + 3]
-  meters[ARGV[ARGS + 5 * i - 3]] = tonumber(fields[2 * i + 2] or 0)
+  local feature, q = ARGV[ARGS + 4 * i - 3], fields[2 * i + 3]
+  meters[ARGV[ARGS + 4 * i - 2]] = tonumber(fields[2 * i + 2] or 0)
   if q and not quotas[feature] then
     local quota = {}
     quota.limit, quota.soft, quota.recurrence, quota.anchor, quota.used, quota.from, quota.to =
@@ -82,21 +83,21 @@ for i = 1, n do
 end
 
 -- One line after the other, on local copies. `reject` gives a reason; ADJUST_ONLY and shadow features go on all the same.
-local adjust, best = ARGV[2] == '4', ARGV[2] == '2'
+local adjust, best = ARGV[3] == '4', ARGV[3] == '2'
 local verdict, shadow, denied, failed, any, capped = 1, 0, nil, nil, false, nil
 local charged, burned = {}, {}
 local total_h, total_l, over_h, over_l = 0, 0, a.oh, a.ol
 
 local function reject(reason, line)
   if adjust then return false end
-  if ARGV[ARGS + 5 * line] == 's' then shadow = 1; return false end
+  if ARGV[ARGS + 4 * line] == 's' then shadow = 1; return false end
   denied, failed = reason, line
   return true
 end
 
 for i = 1, n do
-  local base = ARGS + 5 * i
-  local feature, meter, quantity, rate = ARGV[base - 4], ARGV[base - 3], tonumber(ARGV[base - 2]), ARGV[base - 1]
+  local base = ARGS + 4 * i
+  local feature, meter, quantity, rate = ARGV[base - 3], ARGV[base - 2], tonumber(ARGV[QUANTITIES + i]), ARGV[base - 1]
   local caps = best and ARGV[base] ~= 's'
   if a.status ~= 'A' then
     if a.status == 'F' then denied, failed = 15, i; break end
@@ -161,12 +162,12 @@ local function answer(balance_h, balance_l)
   local full = a.hh ~= 0 or a.hl ~= 0 or a.oh ~= 0 or a.ol ~= 0 or a.gh ~= 0 or a.gl ~= 0
   local flags = shadow + (full and 2 or 0) + (limited and 4 or 0)
   local head = struct.pack('<BBBBI4I6I4i5I4i5I4', denied and 3 or verdict, denied or 0, failed and failed - 1 or NONE, flags, a.epoch,
-    a.sequence, tonumber(ARGV[8]), balance_h, balance_l, a.sh, a.sl)
+    a.sequence, tonumber(ARGV[10]), balance_h, balance_l, a.sh, a.sl)
   if full then head = head .. struct.pack('<i5I4i5I4i5I4', a.hh, a.hl, a.oh, a.ol, a.gh, a.gl) end
   local count = denied and 0 or n
   if limited then
     for i = 1, count do
-      local q = quotas[ARGV[ARGS + 5 * i - 4]]
+      local q = quotas[ARGV[ARGS + 4 * i - 3]]
       charged[i] = charged[i] .. (q and struct.pack('<BI7I7I6', q.soft, q.used, q.limit, q.to) or struct.pack('<BI7I7I6', NONE, 0, 0, 0))
     end
   end
@@ -198,9 +199,9 @@ for feature, q in pairs(quotas) do
   writes[#writes + 1] = table.concat({integer(q.limit), q.soft, q.recurrence, q.anchor, integer(q.used), integer(q.from), integer(q.to)}, ' ')
 end
 redis.call('HSET', KEYS[1], unpack(writes))
-journal(KEYS[3], 1, ARGV[11], a, now, crossings,
-  struct.pack('<ddBBdddddBsss', event, started, verdict, shadow, a.sh, a.sl, a.ah, a.al, a.from, n, a.credit, ARGV[7], ARGV[8])
-    .. (n == 1 and burned[1] or table.concat(burned)) .. ARGV[12])
+journal(KEYS[3], 1, ARGV[5], a, now, crossings,
+  struct.pack('<ddBBdddddBsss', event, started, verdict, shadow, a.sh, a.sl, a.ah, a.al, a.from, n, a.credit, ARGV[9], ARGV[10])
+    .. (n == 1 and burned[1] or table.concat(burned)) .. ARGV[2])
 local result = answer(available(a, grants, now))
 redis.call('SET', KEYS[2], ARGV[1] .. result, 'PX', ARGV[6])
 return '=' .. a.credit .. '\0' .. result

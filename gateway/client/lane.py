@@ -15,6 +15,7 @@ from gateway.client.backoff import Backoff
 from gateway.client.errors import RETRIED, ClientClosed, EntitlementCallError, call_error, status
 
 MAX_BATCH_BYTES = 1_048_576  # well below a gateway's limit for a message
+WORTH_A_BATCH = 32  # so many calls leave in two batches rather than one when there is room: one is made while one is read
 MAX_AWAY = 32  # batches in flight, when every one is slow
 PATIENCE_S = 0.02  # a full pipeline that returns nothing for this long lets one batch more leave
 
@@ -133,8 +134,12 @@ class Lane:
 
     def _depart(self) -> None:
         self._leaving = False
-        while self._waiting and self._away < self._pipeline:
-            self._send()
+        free = self._pipeline - self._away
+        if self._waiting and free > 0:
+            parts = min(free, max(1, len(self._waiting) // WORTH_A_BATCH))
+            share = -(-len(self._waiting) // parts)
+            while self._waiting and self._away < self._pipeline:
+                self._send(share)
         if self._waiting:
             self._wake()
         self._check_drained()
@@ -143,12 +148,12 @@ class Lane:
         """Slow batches must not hold up calls that may be quick: a cold account, say, waits for the ledger."""
         self._patient = False
         if self._waiting and departed == self._departed and self._away < MAX_AWAY:
-            self._send()
+            self._send(len(self._waiting))
         if self._waiting and not self._leaving:
             self._wake()
 
-    def _send(self) -> None:
-        batch = self._next_batch()
+    def _send(self, most: int) -> None:
+        batch = self._next_batch(min(most, self._batch))
         if batch:
             self._away += 1
             self._departed += 1
@@ -156,10 +161,10 @@ class Lane:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    def _next_batch(self) -> list[_Call]:
+    def _next_batch(self, most: int) -> list[_Call]:
         batch: list[_Call] = []
         size = 0
-        while self._waiting and len(batch) < self._batch:
+        while self._waiting and len(batch) < most:
             size += len(self._waiting[0].request)
             if size > MAX_BATCH_BYTES and batch:
                 break

@@ -15,6 +15,7 @@ from entitlement.decision import Charge, Consume, Limits, Outcome, consume_argum
 from entitlement.errors import CorruptRecord, Unavailable
 from entitlement.lua import script
 from gateway.store.connection import Argument, Connection, Endpoint, Reply, StoreError, connect, pack
+from gateway.store.packing import Packer
 from gateway.store.protocol import Sight
 
 BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.01, 1.0
@@ -39,7 +40,8 @@ class RedisStore:
         self._timeout_ms = timeout_ms
         self._jitter = jitter
         self._consume = script("consume")
-        self._sha = hashlib.sha1(self._consume.encode()).hexdigest()  # noqa: S324 - Redis names scripts by SHA-1
+        sha = hashlib.sha1(self._consume.encode()).hexdigest()  # noqa: S324 - Redis names scripts by SHA-1
+        self._packer = Packer(sha, limits, partitions)
         self._connection: Connection | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._up = asyncio.Event()
@@ -65,7 +67,7 @@ class RedisStore:
 
     async def consume(self, request: Consume, charge: Charge) -> Outcome:
         try:
-            reply = await self._call(pack("EVALSHA", self._sha, *self._arguments(request, charge)))
+            reply = await self._call(self._packer.pack(request, charge))
         except StoreError as error:
             reply = await self._again(error, request, charge)
         return _outcome(reply, request)
@@ -75,7 +77,7 @@ class RedisStore:
             return []
         if self._connection is None:
             raise Unavailable("hot store: not connected")
-        commands = [pack("EVALSHA", self._sha, *self._arguments(request, charge)) for request, charge in calls]
+        commands = [self._packer.pack(request, charge) for request, charge in calls]
         replies = await self._connection.call_many(commands)
         outcomes = []
         for reply, (request, charge) in zip(replies, calls, strict=True):

@@ -1,7 +1,7 @@
 """The ASGI application that Envoy hosts: `gateway.transport.hosted:app`, configured by ENTITLEMENT_GATEWAY_*.
 
-Envoy runs an event loop for each listener. Each has a core of its own, from its lifespan's startup to its shutdown, kept
-in the lifespan's state, which every call of that listener sees.
+Envoy runs an event loop for each listener. Each has a core of its own, from its lifespan's startup to its shutdown,
+kept in the lifespan's state, which every call of that listener sees.
 """
 
 from __future__ import annotations

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,14 +19,16 @@ import grpc
 import pytest
 from click.testing import CliRunner, Result
 
-from entitlement.quantity import format_amount
 from entitlement.rating import Rate, cost
 from entitlement.v1 import gateway_pb2, ledger_pb2
 from entitlement.v1.gateway_pb2_grpc import EntitlementGatewayServicer, add_EntitlementGatewayServicer_to_server
 from entitlement.v1.ledger_pb2_grpc import LedgerAdminServicer, add_LedgerAdminServicer_to_server
-from gateway.cli import main
+from gateway.cli import calls, main
+from gateway.cli.changes import read_rows
+from gateway.cli.demo import TRACE
 from gateway.cli.stack import DevStack, Name
-from gateway.cli.trace import Mapping, generate
+from gateway.cli.trace import Mapping, Row, generate, trace_name
+from gateway.cli.verification import is_clean, verify
 from tests.servers import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -519,23 +522,61 @@ def test_a_killed_child_stays_down_until_it_is_restarted(stack: DevStack, name: 
     assert stack.pid(name) is not None and reports.empty()
 
 
-def test_what_is_booked_is_the_sum_of_the_file_and_the_prices(stack: DevStack, tmp_path: Path, seed: int) -> None:
-    catalogue = tmp_path / "catalogue.yaml"
+def test_what_is_booked_is_the_sum_of_the_rows_and_the_prices(stack: DevStack, seed: int) -> None:
+    rows = list(generate(1_500, seed))
+    expect_sum(stack, rows, Mapping("generated", seed, customers=20), "--generate", 1_500)
+    explained = ask(stack, "explain", f"generated-{seed}-7")
+    assert explained.exit_code == 0 and f"generated-{seed}-7" in explained.output
+
+
+@pytest.mark.slow
+def test_the_whole_trace_is_booked_to_the_nano(stack: DevStack, seed: int) -> None:
+    trace = Path(os.environ.get("ENTITLEMENT_TRACE") or TRACE)
+    if not trace.exists():
+        pytest.skip("no trace: name one in ENTITLEMENT_TRACE")
+    expect_sum(stack, read_rows(trace, 0, seed, None), Mapping(trace_name(trace.stem), seed, customers=20), trace)
+
+
+def expect_sum(stack: DevStack, rows: list[Row], mapping: Mapping, *source: object) -> None:
+    """Replays rows, nothing denied, and compares the ledger with the sum over the rows and the prices."""
+    catalogue = stack.data / "catalogue.yaml"
     catalogue.write_text(CATALOGUE)
     assert ask(stack, "apply", catalogue).exit_code == 0
-    rows, mapping = list(generate(1_500, seed)), Mapping("generated", seed, customers=20)
+    before = report_of(stack)
     tokens = Counter[tuple[str, str]]()
     for row in rows:
         customer, _ = mapping.draw(row)
         tokens[customer, "input"] += row.context_tokens
         tokens[customer, "output"] += row.generated_tokens
-    prices = {"input": Rate("tokens", 3_000_000_001, 1_000_000), "output": Rate("tokens", 15_000_000_000, 999_983)}
-    expected = sum(cost(prices[kind], count) for (_, kind), count in tokens.items())
-    result = ask(stack, "replay", "--generate", 1_500, "--customers", 20, "--seed", seed)
-    assert result.exit_code == 0 and f"({expected} nanos)" in result.output
-    proof = ask(stack, "verify", "--wait", 30)
-    assert proof.exit_code == 0
-    assert proof.output.splitlines()[-1] == "verified customers=20 events=1500 drift_nanos=0 unbalanced=0 lag=0"
-    assert f"1,500 booked, {format_amount(expected)} in total" in proof.output
-    explained = ask(stack, "explain", f"generated-{seed}-7")
-    assert explained.exit_code == 0 and f"generated-{seed}-7" in explained.output
+    result = ask(stack, "replay", *source, "--customers", 20, "--seed", mapping.seed, "--name", mapping.name)
+    assert result.exit_code == 0 and f"allowed {len(rows):,}\n" in result.output, result.output
+    after = report_of(stack)
+    assert is_clean(after) and (after.customers, after.events) == (20, before.events + len(rows))
+    totals[stack] += tokens
+    assert after.total_nanos == sum(cost(PRICES[kind], count) for (_, kind), count in totals[stack].items())
+    assert f"({after.total_nanos - before.total_nanos} nanos)" in result.output
+
+
+PRICES = {"input": Rate("tokens", 3_000_000_001, 1_000_000), "output": Rate("tokens", 15_000_000_000, 999_983)}
+totals: defaultdict[DevStack, Counter[tuple[str, str]]] = defaultdict(Counter)  # tokens sent so far
+
+
+def report_of(stack: DevStack) -> ledger_pb2.VerifyReport:
+    with calls.admin(stack.admin) as stub:
+        return verify(stub, wait_s=DEADLINE_S)
+
+
+def test_the_demo_ends_with_the_proof() -> None:
+    argv = [sys.executable, "-m", "gateway.cli", "demo", "--rows", "300"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(r"verified customers=50 events=\d+ drift_nanos=0 unbalanced=0 lag=0", last)
+    assert not done.stderr
+
+
+@pytest.mark.parametrize(("command", "setting"), [("gateway", "ENTITLEMENT_GATEWAY_X"), ("sync", "ENTITLEMENT_SYNC_X")])
+def test_a_production_process_is_configured_by_its_environment(command: str, setting: str, tmp_path: Path) -> None:
+    argv, env = [sys.executable, "-m", "gateway.cli", command], os.environ | {setting: "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 2 and "x: is not a setting; known are " in done.stderr

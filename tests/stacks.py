@@ -1,0 +1,264 @@
+"""A whole development stack as a test sees it from outside: both services, the hot store, the ledger's tables, the
+published events and the conservation proof.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from time import monotonic
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import asyncpg
+import grpc
+import pytest
+from redis.asyncio import Redis
+
+from entitlement import keys
+from entitlement.rating import Rate, cost
+from entitlement.v1 import gateway_pb2, ledger_pb2
+from entitlement.v1.gateway_pb2_grpc import EntitlementGatewayStub
+from entitlement.v1.ledger_pb2_grpc import LedgerAdminStub
+from gateway.cli.stack import DevStack, Name
+from gateway.transport import envoy
+from ledger_sync.publisher.redis_stream import STREAM
+
+if TYPE_CHECKING:
+    from entitlement.v1.gateway_pb2_grpc import EntitlementGatewayAsyncStub
+    from entitlement.v1.ledger_pb2_grpc import LedgerAdminAsyncStub
+
+TENANT: Final = "default"
+DEADLINE_S: Final = 20.0  # of a call, and of everything that is waited for
+LOOK_AGAIN_S: Final = 0.02
+TRANSPORTS: Final = ("grpcio", "envoy")
+
+PLAN: Final = "list"
+CALLS: Final = Rate("calls", 1_000_003)  # a little more than a thousandth
+INPUT: Final = Rate("tokens", 3_000_000_001, 1_000_000, (("token_type", "input"),))
+OUTPUT: Final = Rate("tokens", 15_000_000_000, 999_983, (("token_type", "output"),))
+
+ALLOW, DENY = gateway_pb2.VERDICT_ALLOW, gateway_pb2.VERDICT_DENY
+
+Answer = TypeVar("Answer")
+Line = tuple[str, int] | tuple[str, int, Mapping[str, str]]
+Env = Mapping[Name, Mapping[str, str]]
+
+# No proxy of the environment; and a gateway that comes back is noticed at once.
+CHANNEL: Final = (
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 200),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+def environment(transport: str, more: Env | None = None) -> dict[Name, dict[str, str]]:
+    """Settings of a stack whose gateway is served by `transport`, with more of each child's own."""
+    if transport == "envoy" and (missing := envoy.available()):
+        pytest.skip(missing)
+    settings: dict[Name, dict[str, str]] = {name: dict(values) for name, values in (more or {}).items()}
+    settings.setdefault("gateway", {})["ENTITLEMENT_GATEWAY_TRANSPORT"] = transport
+    return settings
+
+
+def card(plan: str, *rates: Rate) -> ledger_pb2.RateCard:
+    message = ledger_pb2.RateCard(id=plan, credit_type="USD")
+    for rate in rates:
+        tier = ledger_pb2.Tier(price_nanos=rate.price_nanos)
+        message.rates.add(feature=rate.feature, match=dict(rate.match), per=rate.per, tiers=[tier])
+    return message
+
+
+def put_catalogue(stack: DevStack) -> None:
+    """The features and prices that tests count on."""
+    with grpc.insecure_channel(stack.admin, options=CHANNEL) as channel:
+        admin = LedgerAdminStub(channel)
+        for key in ("calls", "tokens"):
+            admin.PutFeature(ledger_pb2.Feature(key=key, kind=ledger_pb2.Feature.METERED), timeout=DEADLINE_S)
+        admin.PutRateCard(card(PLAN, CALLS, INPUT, OUTPUT), timeout=DEADLINE_S)
+
+
+def price_of(count: int, each: int = 1) -> int:
+    """Nanos of `count` events of `each` calls by the plan's price."""
+    return cost(CALLS, count * each)
+
+
+def fresh(what: str) -> str:
+    """A name that nothing else has."""
+    return f"{what}-{uuid.uuid4().hex[:12]}"
+
+
+def consume_request(customer: str, *lines: Line, key: str = "", **more: object) -> gateway_pb2.CheckAndConsumeRequest:
+    """A request for some usage lines, by default one call."""
+    message = gateway_pb2.CheckAndConsumeRequest(idempotency_key=key or fresh("k"), customer=customer, **more)
+    for feature, quantity, *dimensions in lines or [("calls", 1)]:
+        message.usage.add(feature=feature, quantity=quantity, dimensions=dimensions[0] if dimensions else {})
+    return message
+
+
+def amount_of(answer: gateway_pb2.CheckAndConsumeResponse) -> int:
+    return sum(line.amount_nanos for line in answer.consumed)
+
+
+async def until(look: Callable[[], Awaitable[Answer]], holds: Callable[[Answer], bool], what: str) -> Answer:
+    """Looks again and again until it holds; fails when the deadline has passed."""
+    deadline = monotonic() + DEADLINE_S
+    while not holds(found := await look()):
+        assert monotonic() < deadline, f"{what}: {found}"
+        await asyncio.sleep(LOOK_AGAIN_S)
+    return found
+
+
+async def persist(call: Callable[[], Awaitable[Answer]], *retried: grpc.StatusCode) -> Answer:
+    """An answer, asked for again while a process is away."""
+    deadline = monotonic() + DEADLINE_S
+    while True:
+        try:
+            return await call()
+        except grpc.aio.AioRpcError as error:
+            if error.code() not in (grpc.StatusCode.UNAVAILABLE, *retried) or monotonic() > deadline:
+                raise
+        await asyncio.sleep(LOOK_AGAIN_S)
+
+
+class Site:
+    """One stack, with a channel to each process. Customers are made for each test, so that tests share the stack."""
+
+    def __init__(self, stack: DevStack, gateway: grpc.aio.Channel, admin: grpc.aio.Channel, hot: Redis) -> None:
+        self.stack = stack
+        self.gateway: EntitlementGatewayAsyncStub = EntitlementGatewayStub(gateway)  # type: ignore[assignment]
+        self.admin: LedgerAdminAsyncStub = LedgerAdminStub(admin)  # type: ignore[assignment]
+        self.hot = hot
+        self._since = b"0"  # where the stream of events stood when the test began
+
+    async def begin(self) -> None:
+        if await self.hot.exists(STREAM):
+            self._since = (await self.hot.xinfo_stream(STREAM))["last-generated-id"]
+
+    async def customer(
+        self, *grants: int | ledger_pb2.Grant, partition: int | None = None, **contract: object
+    ) -> str:
+        """A new customer on the plan, prepaid unless told otherwise, with a grant for each amount."""
+        customer = fresh("cust")
+        while partition is not None and keys.partition_of(TENANT, customer) != partition:
+            customer = fresh("cust")
+        settings = {"rate_card": PLAN, "billing": ledger_pb2.Contract.PREPAID} | contract
+        await self.admin.PutCustomer(ledger_pb2.Customer(id=customer), timeout=DEADLINE_S)
+        await self.admin.PutContract(
+            ledger_pb2.Contract(id=f"{customer}-c", customer=customer, **settings), timeout=DEADLINE_S
+        )
+        for number, grant in enumerate(grants, 1):
+            await self.grant(customer, grant, f"{customer}-g{number}")
+        return customer
+
+    async def grant(self, customer: str, grant: int | ledger_pb2.Grant, grant_id: str = "") -> ledger_pb2.Grant:
+        message = ledger_pb2.Grant(amount_nanos=grant) if isinstance(grant, int) else grant
+        message.id, message.customer = message.id or grant_id or fresh("grant"), customer
+        return await self.admin.CreateGrant(message, timeout=DEADLINE_S)
+
+    async def ask(self, request: gateway_pb2.CheckAndConsumeRequest) -> gateway_pb2.CheckAndConsumeResponse:
+        return await self.gateway.CheckAndConsume(request, timeout=DEADLINE_S)
+
+    async def consume(
+        self, customer: str, *lines: Line, key: str = "", **more: object
+    ) -> gateway_pb2.CheckAndConsumeResponse:
+        return await self.ask(consume_request(customer, *lines, key=key, **more))
+
+    async def balance(self, customer: str, at_least_sequence: int = 0) -> gateway_pb2.Balance:
+        request = gateway_pb2.GetBalanceRequest(customer=customer, at_least_sequence=at_least_sequence)
+        return (await self.gateway.GetBalance(request, timeout=DEADLINE_S)).balance
+
+    async def balance_when(self, customer: str, available: int) -> gateway_pb2.Balance:
+        """The balance once it is that much, as WatchBalance tells of it."""
+        seen: list[int] = []
+        request = gateway_pb2.GetBalanceRequest(customer=customer)
+        try:
+            async for message in self.gateway.WatchBalance(request, timeout=DEADLINE_S):
+                seen.append(message.balance.available_nanos)
+                if seen[-1] == available:
+                    return message.balance
+        except grpc.aio.AioRpcError as error:
+            raise AssertionError(f"{available} nanos were never available, but {seen}: {error.code()}") from None
+        raise AssertionError("the gateway ended the stream")
+
+    async def verified(self, customer: str = "", *, quarantined: int = 0) -> ledger_pb2.VerifyReport:
+        """The proof, once everything is settled and published, and clean but for what is meant to be in quarantine."""
+
+        async def look() -> ledger_pb2.VerifyReport:
+            request = ledger_pb2.VerifyRequest(customer=customer)
+            return await persist(lambda: self.admin.Verify(request, timeout=2 * DEADLINE_S))
+
+        await until(look, lambda report: not report.journal_lag, "the journal was not settled")
+        report = await until(look, lambda report: not report.outbox_pending, "events were not published")
+        found = {field.name: value for field, value in report.ListFields()}
+        faults = {"drifted", "drift_nanos", "unbalanced_transactions", "journal_lag", "drifts", "sequence_gaps"}
+        assert not faults & found.keys(), found
+        assert report.quarantined == quarantined, await self.rows("SELECT stream, entry_id, reason FROM quarantine")
+        return report
+
+    async def rows(self, query: str, *arguments: object) -> list[asyncpg.Record]:
+        """What the ledger's tables hold."""
+        connection = await asyncpg.connect(self.stack.database_url, timeout=DEADLINE_S)
+        try:
+            return await connection.fetch(query, *arguments, timeout=DEADLINE_S)
+        finally:
+            await connection.close()
+
+    async def booked(self, customer: str) -> dict[str, int]:
+        """The customer's events in the ledger: amount by key."""
+        rows = await self.rows("SELECT idempotency_key, amount FROM usage_events WHERE customer = $1", customer)
+        return {row["idempotency_key"]: row["amount"] for row in rows}
+
+    async def transactions(self, customer: str, *kinds: str) -> list[ledger_pb2.Transaction]:
+        """All of the customer, or those of some kinds, in the order they were booked; each sums to zero."""
+        found: list[ledger_pb2.Transaction] = []
+        request = ledger_pb2.ListRequest(customer=customer, page_size=1_000)
+        while True:
+            page = await self.admin.ListTransactions(request, timeout=DEADLINE_S)
+            found += page.transactions
+            if not page.next_page_token:
+                break
+            request.page_token = page.next_page_token
+        assert not [t for t in found if sum(entry.amount_nanos for entry in t.entries)]
+        return [transaction for transaction in found if not kinds or transaction.kind in kinds]
+
+    async def events(self, *customers: str) -> list[dict[str, object]]:
+        """What has been published about these customers since the test began, to the default stream."""
+        entries = await self.hot.xrange(STREAM, min=b"(" + self._since)
+        return [json.loads(fields[b"body"]) for _, fields in entries if fields[b"customer"].decode() in customers]
+
+    async def resolve_quarantine(self) -> list[asyncpg.Record]:
+        """Looks at what is in quarantine, as an operator does, and leaves it empty for the next test."""
+        return await self.rows(
+            """UPDATE quarantine SET resolved_at = now(), resolution = 'seen by a test' WHERE resolved_at IS NULL
+               RETURNING stream, entry_id, reason, record"""
+        )
+
+    async def journal(self, partition: int) -> list[tuple[bytes, bytes]]:
+        """(id, record) of what a partition's stream still holds."""
+        entries = await self.hot.xrange(keys.journal(partition))
+        return [(entry_id, fields[b"r"]) for entry_id, fields in entries if b"r" in fields]
+
+
+@asynccontextmanager
+async def site(stack: DevStack) -> AsyncIterator[Site]:
+    """A look at a stack that runs."""
+    async with AsyncExitStack() as exits:
+        gateway = await exits.enter_async_context(grpc.aio.insecure_channel(stack.gateway, options=CHANNEL))
+        admin = await exits.enter_async_context(grpc.aio.insecure_channel(stack.admin, options=CHANNEL))
+        hot = await exits.enter_async_context(Redis.from_url(stack.redis_url, socket_timeout=DEADLINE_S))
+        made = Site(stack, gateway, admin, hot)
+        await made.begin()
+        yield made
+
+
+def types_of(events: Iterable[Mapping[str, object]]) -> list[str]:
+    return [str(event["type"]).removeprefix("entitlement.").removesuffix(".v1") for event in events]
+
+
+def ids_of(events: Iterable[Mapping[str, object]]) -> Sequence[str]:
+    return [str(event["id"]) for event in events]
