@@ -7,7 +7,7 @@ next start, and what had been committed is recognised.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic, time
 from typing import TYPE_CHECKING, Final
@@ -20,6 +20,7 @@ from ledger_sync.ledger import LedgerRefused
 from ledger_sync.posting import Posted, Reason, Rejected, read
 from ledger_sync.settlement import Outcome
 from ledger_sync.telemetry import Figures
+from ledger_sync.worker import uninterrupted
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Lease, Ledger
@@ -28,7 +29,6 @@ LEASE: Final = "journal"
 BLOCK_MS: Final = 1_000  # a read waits no longer; the lease is looked at in between
 POLL_S: Final = 0.25  # how long a settled position may go unnoticed
 LAG_EVERY_S: Final = 5.0
-FINISH_S: Final = 30.0  # how long a batch may take once we are asked to stop
 
 log = structlog.get_logger(__name__)
 
@@ -225,17 +225,3 @@ class Drain:
         while True:
             self._figures.lag.set((await self.lag()).records)
             await asyncio.sleep(LAG_EVERY_S)
-
-
-async def uninterrupted(work: Coroutine[object, object, None]) -> None:
-    """Finishes `work` even when cancelled meanwhile, within a deadline; then the cancellation goes on."""
-    task = asyncio.create_task(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task], timeout=FINISH_S)
-        if not task.done():
-            task.cancel()
-        elif not task.cancelled() and (error := task.exception()):
-            log.warning("last_batch_not_settled", error=str(error))
-        raise

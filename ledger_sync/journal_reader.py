@@ -159,7 +159,7 @@ class JournalReader:
         return Lag(sum(position.unsettled for position in behind), min([p.oldest_ms for p in behind], default=0))
 
     async def _positions(self, streams: Sequence[str]) -> list[_Position | None]:
-        """None: the stream, or the group, does not exist."""
+        """None: the stream does not exist."""
         with _translated():
             async with self._client.pipeline(transaction=True) as pipeline:
                 for stream in streams:
@@ -194,13 +194,18 @@ def _translated() -> Iterator[None]:
 
 
 def _position(info: object, groups: object, pending: object) -> _Position | None:
-    for reply in (info, groups, pending):
-        if isinstance(reply, ResponseError) and ("no such key" in str(reply) or "NOGROUP" in str(reply)):
-            return None
+    if isinstance(info, ResponseError) and "no such key" in str(info):
+        return None
+    for reply in (info, groups):
         if isinstance(reply, Exception):
             raise reply
-    assert isinstance(info, dict) and isinstance(groups, list) and isinstance(pending, dict)
-    group = next(group for group in groups if group["name"] == keys.GROUP.encode())
+    assert isinstance(info, dict) and isinstance(groups, list)
+    group = next((group for group in groups if group["name"] == keys.GROUP.encode()), None)
+    if group is None:
+        return _Position((0, 0), None, info["length"])
+    if isinstance(pending, Exception):
+        raise pending
+    assert isinstance(pending, dict)
     delivered, last = parse_id(group["last-delivered-id"]), parse_id(info["last-generated-id"])
     unread = group.get("lag") if last > delivered else 0
     if unread is None:  # Not known after deletions in the middle; then at most:

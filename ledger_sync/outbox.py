@@ -18,6 +18,7 @@ import structlog
 
 from ledger_sync.publisher import Outgoing, Publisher, PublishFailed
 from ledger_sync.telemetry import Figures
+from ledger_sync.worker import uninterrupted
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Connection, Ledger
@@ -109,12 +110,15 @@ class Outbox:
         await self._deliver(
             [Outgoing(id=row[2], tenant=row[3], type=row[4], customer=row[5], body=row[6]) for row in rows]
         )
+        await uninterrupted(self._forget(last, Cursor(rows[-1][0], rows[-1][1]), len(rows)))
+        return len(rows)
+
+    async def _forget(self, last: Cursor, now: Cursor, published: int) -> None:
         async with self._ledger.transaction() as connection:
             await connection.execute(_PLAN)
-            await connection.execute(_DELETE, last.txid, last.id, rows[-1][0], rows[-1][1])
-            await connection.execute(_MOVE, CURSOR, rows[-1][0], rows[-1][1], len(rows))
-        self._figures.published.inc(len(rows))
-        return len(rows)
+            await connection.execute(_DELETE, last.txid, last.id, now.txid, now.id)
+            await connection.execute(_MOVE, CURSOR, now.txid, now.id, published)
+        self._figures.published.inc(published)
 
     async def _deliver(self, events: Sequence[Outgoing]) -> None:
         """Tries until the publisher has accepted every event: nothing later overtakes them."""

@@ -102,6 +102,8 @@ class Reconciler:
                 break
         if customer and not report.customers:
             raise NotFound("customer", f"{customer!r} is unknown or has no contract")
+        async with self._ledger.transaction(readonly=True) as connection:  # Now that the journal has been waited for.
+            report.totals = await conservation.totals(connection, self._tenant, customer)
         for item in report.drifts[:MAX_LOGGED]:
             part, hot, ledger = item.difference.part, item.difference.hot, item.difference.ledger
             log.error("drift", customer=item.customer, part=part, hot=hot, ledger=ledger, sequence=item.sequence)

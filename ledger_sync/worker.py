@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from random import Random
 from time import monotonic
 from typing import Final, Protocol
@@ -17,6 +17,7 @@ from ledger_sync.telemetry import Figures
 FIRST_PAUSE_S: Final = 0.1  # before a loop that failed is started again; doubles
 LONGEST_PAUSE_S: Final = 1.0
 STEADY_S: Final = 10.0  # a loop that ran this long has recovered
+FINISH_S: Final = 30.0  # how long what is in hand may take once we are asked to stop
 
 log = structlog.get_logger(__name__)
 
@@ -102,3 +103,17 @@ def describe(error: BaseException) -> str:
     if isinstance(error, BaseExceptionGroup):
         return "; ".join(dict.fromkeys(describe(part) for part in error.exceptions))
     return f"{type(error).__name__}: {error}"
+
+
+async def uninterrupted(work: Coroutine[object, object, None]) -> None:
+    """Finishes `work` even when cancelled meanwhile, within a deadline; then the cancellation goes on."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task], timeout=FINISH_S)
+        if not task.done():
+            task.cancel()
+        elif not task.cancelled() and (error := task.exception()):
+            log.warning("last_work_failed", error=describe(error))
+        raise

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-START_DEADLINE_S = 30.0
+START_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 20.0
 FIRST_PAUSE_S = 0.1  # before a dead child is started again; doubles with every death
 LONGEST_PAUSE_S = 5.0

@@ -84,7 +84,10 @@ def interruptible(status: int = 0) -> Iterator[None]:
             signal.signal(name, signal.SIG_IGN)
         raise KeyboardInterrupt
 
+    hung_up = signal.getsignal(signal.SIGHUP)
     before = {name: signal.signal(name, interrupt) for name in _SIGNALS}
+    if hung_up is signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         yield
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from gateway.client.backoff import Backoff
 from gateway.client.errors import RETRIED, ClientClosed, EntitlementCallError, call_error, status
 
 MAX_BATCH_BYTES = 1_048_576  # well below a gateway's limit for a message
-WORTH_A_BATCH = 32  # so many calls leave in two batches rather than one when there is room: one is made while one is read
+WORTH_A_BATCH = 32  # twice as many leave as two batches when there is room: the gateway decides one while one is read
 MAX_AWAY = 32  # batches in flight, when every one is slow
 PATIENCE_S = 0.02  # a full pipeline that returns nothing for this long lets one batch more leave
 

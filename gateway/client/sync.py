@@ -84,7 +84,7 @@ class SyncClient:
                 raise ClientClosed
 
     def close(self) -> None:
-        """Takes no more calls, waits for those in flight (each by its deadline), ends the thread. May be called twice."""
+        """Takes no more calls, waits for those in flight (each by its deadline), ends the thread. May be repeated."""
         with self._lock:
             mine = self._pid == os.getpid()
             if self._open and mine:

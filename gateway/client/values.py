@@ -218,6 +218,7 @@ def decision(message: pb.CheckAndConsumeResponse) -> Decision:
 
 
 def _balance(message: pb.Balance, as_of: datetime | None = None, degraded: bool = False) -> Balance:
+    quotas = message.quotas
     return Balance(
         message.credit_type,
         message.available_nanos,
@@ -225,7 +226,7 @@ def _balance(message: pb.Balance, as_of: datetime | None = None, degraded: bool 
         message.settled_nanos,
         message.overage_nanos,
         message.gate_nanos,
-        tuple([_quota(quota) for quota in message.quotas]),
+        tuple([_quota(quota) for quota in quotas]) if quotas else (),
         message.epoch,
         message.sequence,
         as_of,

@@ -43,10 +43,10 @@ class Packer:
         known = self._charges.get(id(charge))
         prices = self._price(charge) if known is None else known[1]
         event = b"$1\r\n0\r\n" if not request.event_ms else _bulk(request.event_ms)
-        if len(lines) == 1:
-            quantities = _bulk(lines[0].quantity)
-        else:
-            quantities = b"".join([_bulk(line.quantity) for line in lines])
+        first, *more = lines
+        quantities = _bulk(first.quantity)
+        if more:
+            quantities += b"".join([_bulk(line.quantity) for line in more])
         return b"%b%b%b\r\n%b%b\r\n$%d\r\n%b\r\n$1\r\n%d\r\n%b%b%b%b" % (
             self._starts[len(lines)],
             seat.head,

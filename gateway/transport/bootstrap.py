@@ -11,7 +11,6 @@ from gateway.settings import Settings
 
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | bool"
 
-APP = "gateway.transport.hosted:app"
 MAX_STREAMS = 2_048  # of one connection at a time
 MAX_HEADERS_KB = 16
 BUFFER_BYTES = 1_048_576  # of one connection; beyond it the peer is held back
@@ -19,18 +18,20 @@ STREAM_WINDOW_BYTES = 262_144
 _TYPE = "type.googleapis.com/envoy.extensions"
 
 
-def bootstrap(settings: Settings, folder: Path) -> Json:
-    """The whole configuration. `folder` holds the admin socket and must be private."""
+def bootstrap(settings: Settings, folder: Path, app: str) -> Json:
+    """The whole configuration, for an ASGI application. `folder` holds the admin socket and must be private."""
     return {
         "admin": {"address": {"pipe": {"path": str(folder / "admin.sock"), "mode": 0o600}}},
         "static_resources": {
-            "listeners": [_listener(f"{index}", address, settings) for index, address in enumerate(settings.addresses)]
+            "listeners": [
+                _listener(f"{index}", address, settings, app) for index, address in enumerate(settings.addresses)
+            ]
         },
     }
 
 
-def _listener(name: str, address: str, settings: Settings) -> Json:
-    chain: dict[str, Json] = {"filters": [_connection_manager()]}
+def _listener(name: str, address: str, settings: Settings, app: str) -> Json:
+    chain: dict[str, Json] = {"filters": [_connection_manager(app)]}
     if address.startswith("unix:"):
         where: Json = {"pipe": {"path": address.removeprefix("unix:"), "mode": 0o660}}
     else:
@@ -48,7 +49,7 @@ def _listener(name: str, address: str, settings: Settings) -> Json:
     }
 
 
-def _connection_manager() -> Json:
+def _connection_manager(app: str) -> Json:
     return {
         "name": "envoy.filters.network.http_connection_manager",
         "typed_config": {
@@ -66,12 +67,12 @@ def _connection_manager() -> Json:
                 "connection_keepalive": {"interval": "30s", "timeout": "10s"},
             },
             "route_config": {"virtual_hosts": [{"name": "gateway", "domains": ["*"]}]},
-            "http_filters": [_python()],
+            "http_filters": [_python(app)],
         },
     }
 
 
-def _python() -> Json:
+def _python(app: str) -> Json:
     module = next(Path(pyvoy.__file__).parent.glob("_pyvoy*.so"))
     return {
         "name": "pyvoy",
@@ -82,7 +83,7 @@ def _python() -> Json:
             "terminal_filter": True,
             "filter_config": {
                 "@type": "type.googleapis.com/google.protobuf.StringValue",
-                "value": f'{{"app": "{APP}", "interface": "asgi", "root_path": "", "lifespan": true}}',
+                "value": f'{{"app": "{app}", "interface": "asgi", "root_path": "", "lifespan": true}}',
             },
         },
     }

