@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 from struct import Struct
+from struct import error as StructError
 from typing import TypeAlias
 
 import msgspec
@@ -220,11 +221,18 @@ def charge_arguments(charge: Charge) -> list[str | int]:
 
 
 def parse_outcome(reply: bytes, request: Consume) -> Outcome:
-    """What consume.lua returned, as a value."""
-    sign = reply[0]
-    if sign in (_DECIDED, _REPLAYED):
-        end = reply.index(0, 1)
-        return parse_answer(reply, end + 1, reply[1:end].decode(), request, replayed=sign == _REPLAYED)
+    """What consume.lua returned, as a value. Raises CorruptRecord for anything else."""
+    try:
+        sign = reply[0]
+        if sign in (_DECIDED, _REPLAYED):
+            end = reply.index(0, 1)
+            return parse_answer(reply, end + 1, reply[1:end].decode(), request, replayed=sign == _REPLAYED)
+        return _parse_refusal(reply)
+    except (ValueError, IndexError, KeyError, StructError):
+        raise CorruptRecord(f"the hot store answered {reply[:40]!r}") from None
+
+
+def _parse_refusal(reply: bytes) -> Outcome:
     word, *rest = reply[1:].decode("ascii").split(" ")
     match word:
         case "NOT_LOADED":
@@ -237,7 +245,7 @@ def parse_outcome(reply: bytes, request: Consume) -> Outcome:
             return OutOfTime(int(rest[0]))
         case "RANGE":
             return OutOfRange(int(rest[0]))
-    raise CorruptRecord(f"the hot store answered {reply[:40]!r}")
+    raise ValueError(word)
 
 
 def parse_answer(reply: bytes, at: int, credit_type: str, request: Consume, *, replayed: bool) -> Decision:

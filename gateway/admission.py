@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Protocol, cast
 
 from entitlement.decision import Consume, Decision, Mismatch, NotLoaded, Outcome, OutOfRange, OutOfTime, Stale
 from entitlement.errors import EntitlementError, IdempotencyMismatch, InvalidArgument, Overloaded, Unavailable
@@ -69,10 +70,11 @@ class Admission:
         try:
             price = self._catalog.price
             outcomes = await self._store.consume_many([(request, price(request)) for request in requests])
-            return [
-                outcome if type(outcome) is Decision else await self._or_error(request, outcome)
-                for request, outcome in zip(requests, outcomes, strict=True)
-            ]
+            rare = [index for index, outcome in enumerate(outcomes) if type(outcome) is not Decision]
+            if rare:
+                found = await asyncio.gather(*[self._or_error(requests[index], outcomes[index]) for index in rare])
+                return _merged(outcomes, dict(zip(rare, found, strict=True)))
+            return cast(list[Decision | EntitlementError], outcomes)
         finally:
             self.in_flight -= len(requests)
 
@@ -100,6 +102,12 @@ class Admission:
         if isinstance(outcome, Decision):
             return outcome
         raise Unavailable("the account or its prices kept changing while it was decided on; retry with the same key")
+
+
+def _merged(
+    outcomes: list[Outcome], found: Mapping[int, Decision | EntitlementError]
+) -> list[Decision | EntitlementError]:
+    return [outcome if isinstance(outcome, Decision) else found[index] for index, outcome in enumerate(outcomes)]
 
 
 def _refusal(request: Consume, outcome: Mismatch | OutOfTime | OutOfRange) -> IdempotencyMismatch | InvalidArgument:

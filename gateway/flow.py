@@ -1,4 +1,4 @@
-"""A stream of requests, decided in groups. No timer: a group is what came while the last one was on its way."""
+"""A stream of requests, decided in groups. No timer: a group is what came while the last ones were on their way."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Generic, TypeVar
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+
+MAX_GROUPS = 4  # on their way at once, so that a group that has to wait does not hold up the next
 
 
 class Flow(Generic[Request, Response]):
@@ -21,46 +23,55 @@ class Flow(Generic[Request, Response]):
         self._answer = answer
         self._room = asyncio.Semaphore(limit)
         self._arrived: list[Request] = []
-        self._news = asyncio.Event()
-        self._answers: asyncio.Queue[list[Response] | None] = asyncio.Queue()
+        self._groups: set[asyncio.Task[None]] = set()
+        self._answers: asyncio.Queue[list[Response] | BaseException | None] = asyncio.Queue()
+        self._ended = False
 
     async def run(self, requests: AsyncIterator[Request]) -> AsyncIterator[Response]:
-        tasks = [asyncio.create_task(self._read(requests)), asyncio.create_task(self._decide())]
+        reader = asyncio.create_task(self._read(requests))
         try:
             while (group := await self._answers.get()) is not None:
+                if isinstance(group, BaseException):
+                    raise group
                 for response in group:
                     yield response
                     self._room.release()
-            for task in tasks:
-                await task
         finally:
+            tasks = (reader, *self._groups)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(self, requests: AsyncIterator[Request]) -> None:
+        loop = asyncio.get_running_loop()
         try:
             async for request in requests:
                 await self._room.acquire()
+                if not self._arrived and len(self._groups) < MAX_GROUPS:
+                    loop.call_soon(self._leave)
                 self._arrived.append(request)
-                self._news.set()
-        finally:
-            self._ended = True
-            self._news.set()
+        except Exception as error:
+            self._answers.put_nowait(error)  # The stream is broken: its reader is told, and nothing is swallowed.
+            return
+        self._ended = True
+        self._leave()
 
-    _ended = False
-
-    async def _decide(self) -> None:
-        try:
-            while True:
-                await self._news.wait()
-                self._news.clear()
-                group, self._arrived = self._arrived, []
-                if group:
-                    self._answers.put_nowait(await self._answer(group))
-                elif self._ended:
-                    return
-                if self._arrived or self._ended:
-                    self._news.set()
-        finally:
+    def _leave(self) -> None:
+        """Sends what has arrived on its way, if there is room for a group; ends when there is nothing more."""
+        if self._arrived and len(self._groups) < MAX_GROUPS:
+            group, self._arrived = self._arrived, []
+            task = asyncio.create_task(self._decide(group))
+            self._groups.add(task)
+            task.add_done_callback(self._returned)
+        elif self._ended and not self._arrived and not self._groups:
             self._answers.put_nowait(None)
+
+    async def _decide(self, group: Sequence[Request]) -> None:
+        self._answers.put_nowait(await self._answer(group))
+
+    def _returned(self, task: asyncio.Task[None]) -> None:
+        self._groups.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._answers.put_nowait(error)
+        else:
+            self._leave()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ledger_sync.ledger import Lease, Ledger
 
 LEASE: Final = "journal"
-BLOCK_MS: Final = 1_000  # a read waits no longer; the lease is looked at in between
+BLOCK_MS: Final = 250  # a read waits no longer, and neither does a stop for it
 POLL_S: Final = 0.25  # how long a settled position may go unnoticed
 LAG_EVERY_S: Final = 5.0
 
@@ -84,10 +84,13 @@ class Lane:
             await uninterrupted(self._settle(batch))
         while True:
             lease.check()
-            if (batch := await self._collect()).size:
-                await uninterrupted(self._settle(batch))
-            self._in_hand = False
-            self._done.set()
+            await uninterrupted(self._turn())
+
+    async def _turn(self) -> None:
+        if (batch := await self._collect()).size:
+            await self._settle(batch)
+        self._in_hand = False
+        self._done.set()
 
     async def _collect(self) -> Batch:
         """The next batch: full, or all there is after a short wait in which more of it gathers."""

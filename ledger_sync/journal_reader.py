@@ -95,9 +95,9 @@ class JournalReader:
         while positions:
             with _translated():
                 entries = await self._read(positions, MAX_COUNT)
-            if any(entries.values()):
+            if entries:
                 yield entries
-            positions = {stream: found[-1][0] for stream, found in entries.items() if found}
+            positions = {stream: found[-1][0] for stream, found in entries.items()}
 
     async def new(self, block_ms: int) -> tuple[Entries, bool]:
         """Entries that nobody has read, and whether there are likely more. Waits up to `block_ms`, 0: not at all.
@@ -126,6 +126,7 @@ class JournalReader:
         return {
             stream.decode(): [(entry_id, _record(fields)) for entry_id, fields in entries]
             for stream, entries in cast("_Reply | None", reply) or ()
+            if entries
         }
 
     async def _command(self, *words: str | bytes | int) -> object:

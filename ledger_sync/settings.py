@@ -13,7 +13,7 @@ import msgspec
 
 from entitlement.errors import InvalidArgument
 from entitlement.identity import check_id
-from entitlement.quantity import within
+from entitlement.quantity import parse_integer, within
 
 PREFIX: Final = "ENTITLEMENT_SYNC_"
 _SECRET: Final = ("redis_url", "database_url", "publisher")  # may hold a password
@@ -43,7 +43,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reflection: bool = False
     consumer: str = "ledger-sync"  # its name in the journal's consumer group: the same after a restart
     batch: int = 2_000  # 1..5000 records in one transaction
-    lanes: int = 2  # 1..16 batches at once, each of partitions of its own
+    lanes: int = 2  # 1..16 batches at once, at most, each of partitions of its own
     linger_ms: int = 20  # 0..1000: how long a small batch gathers
     connections: int = 8  # 4..100 to the database
     metrics: str = ""  # host:port of the figures for Prometheus; empty: none
@@ -79,6 +79,9 @@ def load(environment: Mapping[str, str] | None = None) -> Settings:
     for name in values:
         if name not in known:
             raise InvalidArgument(name, f"is not a setting; known are {', '.join(known)}, file")
+    for name, (low, high) in _BOUNDS.items():
+        if isinstance(text := values.get(name), str):
+            values[name] = parse_integer(name, text, low, high)
     try:
         settings = msgspec.convert(values, Settings, strict=False)
     except msgspec.ValidationError as error:
@@ -98,8 +101,6 @@ def _checked(settings: Settings) -> Settings:
     check_id("consumer", settings.consumer)
     for name, (low, high) in _BOUNDS.items():
         within(name, getattr(settings, name), low, high)
-    if settings.lanes > settings.partitions:
-        raise InvalidArgument("lanes", f"{settings.lanes} is more than the {settings.partitions} partitions")
     if settings.log_level not in ("debug", "info", "warning", "error"):
         raise InvalidArgument("log_level", f"{settings.log_level!r} is not one of debug, info, warning, error")
     if not settings.addresses:
@@ -135,6 +136,7 @@ def _location(url: str) -> str:
         return "''"
     try:
         parts = urlsplit(url)
-        return f"'{parts.scheme}://***@{parts.hostname or parts.path}'"
+        place = parts.hostname or (parts.path if parts.scheme in ("unix", "file") else "")
+        return f"'{parts.scheme}://***@{place}'"
     except ValueError:
         return "'***'"

@@ -17,7 +17,7 @@ from ledger_sync.telemetry import Figures
 FIRST_PAUSE_S: Final = 0.1  # before a loop that failed is started again; doubles
 LONGEST_PAUSE_S: Final = 1.0
 STEADY_S: Final = 10.0  # a loop that ran this long has recovered
-FINISH_S: Final = 30.0  # how long what is in hand may take once we are asked to stop
+FINISH_S: Final = 10.0  # how long what is in hand may take once we are asked to stop
 
 log = structlog.get_logger(__name__)
 

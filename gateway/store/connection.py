@@ -114,7 +114,9 @@ class Connection(asyncio.Protocol):
         if self._transport is None:
             future.set_exception(Unavailable("hot store: not connected"))
             return
-        if not self._turn and not self._blocked:
+        if self._blocked:  # It cannot be written yet, and is not waited for longer than any other.
+            self._deadlines.append((self._loop.time() + self._timeout, [(future, answers)]))
+        elif not self._turn:
             self._loop.call_soon(self._flush)
         self._turn.append(command)
         self._turn_slots.append((future, answers))
@@ -158,10 +160,19 @@ class Connection(asyncio.Protocol):
                             f"hot store: no answer within {self._timeout * 1000:.0f} ms; the outcome is unknown"
                         )
                     )
-        while deadlines and deadlines[0][1][-1][0].done():
+        while deadlines and _answered(deadlines[0][1][-1][0]):  # And so are those before it.
             deadlines.popleft()
+        if self._blocked:
+            self._drop_given_up()
         due = deadlines[0][0] if deadlines else now + self._timeout
         self._watch = self._loop.call_at(due, self._expire) if self._waiting else None
+
+    def _drop_given_up(self) -> None:
+        """What was not written yet and nobody waits for any more is not written at all."""
+        kept = [
+            (command, slot) for command, slot in zip(self._turn, self._turn_slots, strict=True) if not slot[0].done()
+        ]
+        self._turn, self._turn_slots = [command for command, _ in kept], [slot for _, slot in kept]
 
     # asyncio.Protocol
 
@@ -198,6 +209,7 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._blocked = False
+        self._drop_given_up()
         self._flush()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -216,6 +228,10 @@ class Connection(asyncio.Protocol):
             self.lost.set_result(None)
 
 
+def _answered(future: _Slot) -> bool:
+    return future.done() and not future.cancelled()
+
+
 async def connect(endpoint: Endpoint, timeout_ms: int, context: ssl.SSLContext | None = None) -> Connection:
     """A connection that is authenticated and on its database. Raises Unavailable; the text holds no secret."""
     loop = asyncio.get_running_loop()
@@ -228,11 +244,21 @@ async def connect(endpoint: Endpoint, timeout_ms: int, context: ssl.SSLContext |
                 tls = (context or ssl.create_default_context()) if endpoint.tls else None
                 await loop.create_connection(lambda: connection, endpoint.host, endpoint.port, ssl=tls)
             if endpoint.password:
-                user = (endpoint.username,) if endpoint.username else ()
-                await connection.call(pack("AUTH", *user, endpoint.password))
+                await _authenticate(connection, endpoint)
             if endpoint.database:
                 await connection.call(pack("SELECT", endpoint.database))
     except (OSError, StoreError, TimeoutError, Unavailable) as error:
         connection.close()
         raise Unavailable(f"hot store at {endpoint}: {type(error).__name__}: {error}") from None
+    except asyncio.CancelledError:
+        connection.close()
+        raise
     return connection
+
+
+async def _authenticate(connection: Connection, endpoint: Endpoint) -> None:
+    user = (endpoint.username,) if endpoint.username else ()
+    try:
+        await connection.call(pack("AUTH", *user, endpoint.password))
+    except StoreError as error:  # Its text may repeat what was sent.
+        raise Unavailable(f"AUTH was refused: {str(error).partition(' ')[0]}") from None

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import random
 from collections.abc import Callable, Sequence
+from struct import error as StructError
 
 import structlog
 
@@ -130,6 +131,9 @@ class RedisStore:
         except (StoreError, Unavailable) as error:
             connection.close()
             raise Unavailable(f"hot store at {self._endpoint}: {error}") from None
+        except asyncio.CancelledError:
+            connection.close()
+            raise
         self._connection = connection
         self._up.set()
 
@@ -153,4 +157,7 @@ class RedisStore:
 def _outcome(reply: Reply, request: Consume) -> Outcome:
     if not isinstance(reply, bytes):
         raise CorruptRecord(f"the hot store answered a {type(reply).__name__}, not a text")
-    return parse_outcome(reply, request)
+    try:
+        return parse_outcome(reply, request)
+    except (ValueError, IndexError, KeyError, StructError):
+        raise CorruptRecord(f"the hot store answered {reply[:40]!r}") from None

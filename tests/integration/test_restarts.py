@@ -1,0 +1,164 @@
+"""Processes and servers end in the middle of traffic, and come back: nothing answered is lost, nothing is doubled."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+from time import monotonic
+
+import pytest
+
+from entitlement.v1 import ledger_pb2
+from gateway.cli.stack import DevStack, Name
+from gateway.client import Client
+from tests.stacks import Site, environment, persist, price_of, put_catalogue, site
+from tests.traffic import Answer, Traffic, audit, balances_add_up, by_client, by_stub, flowing
+
+KILLS = 10
+CUSTOMERS = 30
+POOR = 5  # of them: these run out
+MOST_BETWEEN = 400  # answers between two kills
+CLIENT_MS = 20_000
+
+pytestmark = pytest.mark.slow
+
+
+@asynccontextmanager
+async def opened(stack: DevStack) -> AsyncIterator[tuple[Site, list[str]]]:
+    """A look at a stack, and its customers."""
+    async with site(stack) as at:
+        rich = [await at.customer(price_of(10**6)) for _ in range(CUSTOMERS - POOR)]
+        poor = [await at.customer(price_of(20)) for _ in range(POOR)]
+        yield at, rich + poor
+
+
+async def proven(at: Site, answers: dict[str, Answer]) -> str:
+    """Every answer is in the ledger once, with its amount; no drift, no gap; every event is out. Says what was found."""
+    await at.verified()
+    found = await audit(at, answers)
+    assert found.clean, found
+    await balances_add_up(at, answers)
+    return (
+        f"answers {len(answers)} (allowed {found.allowed}, denied {found.denied}, replayed {found.replayed}), "
+        f"lost {len(found.lost)}, doubled {len(found.doubled)}, unasked {len(found.unasked)}, "
+        f"events published again {found.republished}"
+    )
+
+
+async def down_and_up(stack: DevStack, name: Name) -> float:
+    """SIGKILL, and a new start through the stack. Seconds until it serves again."""
+    began = monotonic()
+    await asyncio.to_thread(stack.kill, name)
+    await asyncio.to_thread(stack.restart, name)
+    return monotonic() - began
+
+
+@pytest.mark.timeout(180)
+async def test_kill_9_of_gateway_or_ledger_sync_loses_and_doubles_nothing(fragile: DevStack, seed: int) -> None:
+    random = Random(seed)
+    took: dict[Name, list[float]] = {"gateway": [], "sync": []}
+    async with opened(fragile) as (at, customers):
+        async with flowing(Traffic(by_stub(at), customers, random)) as traffic:
+            for number in range(KILLS):
+                name: Name = ("gateway", "sync")[number % 2]
+                await traffic.more(random.randrange(1, MOST_BETWEEN))
+                topped_up = asyncio.create_task(_top_up(at, random.choice(customers), f"top-up-{number}"))
+                took[name].append(await down_and_up(fragile, name))
+                await topped_up
+                customers.append(await persist(lambda: at.customer(price_of(10**6))))
+            await traffic.more(MOST_BETWEEN)
+        figures = await proven(at, traffic.answers)
+    slowest = ", ".join(f"{name} back in {max(times):.1f} s at most" for name, times in took.items())
+    print(f"kills {KILLS}, {figures}, unknown {dict(traffic.unknown)}, {slowest}")
+
+
+async def _top_up(at: Site, customer: str, grant: str) -> None:
+    """A ledger change in the middle of it, asked for until it is answered, under one id."""
+    await persist(lambda: at.grant(customer, ledger_pb2.Grant(id=grant, amount_nanos=price_of(7))))
+
+
+@pytest.mark.parametrize("name", ["valkey", "postgres"])
+async def test_a_server_that_restarts_under_load_loses_and_doubles_nothing(
+    fragile: DevStack, seed: int, name: Name
+) -> None:
+    random = Random(seed)
+    gentle: Callable[[], object] = lambda: fragile.restart(name)  # noqa: E731
+    async with opened(fragile) as (at, customers), Client(fragile.gateway, timeout_ms=CLIENT_MS) as client:
+        async with flowing(Traffic(by_client(client), customers, random)) as traffic:
+            await traffic.more(random.randrange(1, MOST_BETWEEN))
+            await asyncio.to_thread(gentle)
+            await traffic.more(random.randrange(1, MOST_BETWEEN))
+            took_s = await down_and_up(fragile, name)
+            await traffic.more(MOST_BETWEEN)
+        figures = await proven(at, traffic.answers)
+    print(f"{name} restarted twice, back {took_s:.1f} s after a kill, {figures}, unknown {dict(traffic.unknown)}")
+
+
+async def test_decisions_go_on_while_the_ledger_is_away(fragile: DevStack, seed: int) -> None:
+    random = Random(seed)
+    async with opened(fragile) as (at, customers):
+        for customer in customers:
+            await at.balance(customer)  # It is loaded: from here on the hot store needs nobody.
+        await asyncio.to_thread(fragile.kill, "sync")
+        await asyncio.to_thread(fragile.kill, "postgres")
+        async with flowing(Traffic(by_stub(at), customers, random)) as traffic:
+            await traffic.more(2_000)
+        assert not traffic.unknown
+        await asyncio.to_thread(fragile.restart, "postgres")
+        await asyncio.to_thread(fragile.restart, "sync")
+        print(f"without a ledger: {await proven(at, traffic.answers)}")
+
+
+async def test_a_stack_that_is_stopped_and_started_again_has_its_balances(
+    transport: str, tmp_path: Path, sockets: Path, seed: int
+) -> None:
+    random = Random(seed)
+
+    def stack() -> DevStack:
+        addresses = {"gateway": f"unix:{sockets}/gateway.sock", "admin": f"unix:{sockets}/admin.sock"}
+        return DevStack(tmp_path / "data", env=environment(transport), **addresses)
+
+    first, second = stack(), stack()
+    try:
+        await asyncio.to_thread(first.start)
+        await asyncio.to_thread(put_catalogue, first)
+        async with opened(first) as (at, customers):
+            async with flowing(Traffic(by_stub(at), customers, random)) as traffic:
+                await traffic.more(500)
+            await asyncio.to_thread(first.kill, "sync")  # What comes now stays in the journal.
+            async with flowing(traffic_after := Traffic(by_stub(at), customers, random)):
+                await traffic_after.more(500)
+            before = {customer: await at.balance(customer) for customer in customers}
+        await asyncio.to_thread(first.stop)
+        await asyncio.to_thread(second.start)
+        async with site(second) as at:
+            after = {customer: await persist(lambda customer=customer: at.balance(customer)) for customer in customers}
+            assert after == before
+            async with flowing(more := Traffic(by_stub(at), customers, random)):
+                await more.more(200)
+            print(await proven(at, traffic.answers | traffic_after.answers | more.answers))
+    finally:
+        await asyncio.to_thread(first.stop)
+        await asyncio.to_thread(second.stop)
+
+
+async def test_the_audit_sees_what_is_lost_without_the_append_only_file(fragile: DevStack, seed: int) -> None:
+    """The proof of the proof: with the protection off, the same audit must fail."""
+    random = Random(seed)
+    async with opened(fragile) as (at, customers):
+        async with flowing(Traffic(by_stub(at), customers, random)) as traffic:
+            await traffic.more(100)
+        await proven(at, traffic.answers)
+        await asyncio.to_thread(fragile.kill, "sync")
+        await at.hot.config_set("appendonly", "no")
+        async with flowing(unprotected := Traffic(by_stub(at), customers, random)):
+            await unprotected.more(100)
+        await down_and_up(fragile, "valkey")
+        await asyncio.to_thread(fragile.restart, "sync")
+        await at.verified()
+        found = await audit(at, traffic.answers | unprotected.answers)
+        assert found.lost == sorted(answer.key for answer in unprotected.answers.values() if answer.allowed)
+        assert not found.clean
