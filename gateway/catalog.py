@@ -82,18 +82,15 @@ class Catalog:
     def price(self, request: Consume) -> Charge:
         """The charge by the version in force at the request's time, of the plan its customer is believed to be on."""
         plan = self._plans.get((request.tenant, request.customer), self._likely)
-        at = self._clock() + self._offset_ms
-        if 0 < request.event_ms < at:  # An event a little ahead is decided as of now, here as in the store.
-            at = request.event_ms
         version = self._current.get(plan)
-        if version is None or not version.holds(at):
-            version = self._at(plan, at, keep=not request.event_ms)
+        if version is None or version.until_ms or request.event_ms:  # Else the last one is in force.
+            version = self._at(plan, request.event_ms)
         lines = request.lines
         if len(lines) == 1:
             shape: _Shape = ((lines[0].feature, lines[0].dimensions),)
         else:
             shape = tuple([(line.feature, line.dimensions) for line in lines])
-        return self._unpriced(plan, at, shape) if version is None else version.charge(shape)
+        return self._unpriced(plan, request.event_ms, shape) if version is None else version.charge(shape)
 
     def learn(self, request: Consume, stale: Stale) -> None:
         """Takes over what the store says: the customer's plan, and its time."""
@@ -101,20 +98,29 @@ class Catalog:
             self._plans.clear()
         self._plans[request.tenant, request.customer] = self._likely = stale.plan
         self._offset_ms = stale.now_ms - self._clock()
+        self._current.pop(stale.plan, None)  # By the corrected clock it may be another one.
 
     def knows(self, plan: str) -> bool:
         return plan in self._versions
 
-    def _at(self, plan: str, at_ms: int, *, keep: bool) -> _Version | None:
+    def _at(self, plan: str, event_ms: int) -> _Version | None:
+        """The version in force at an event's time, 0 = now."""
+        at_ms = self._when(event_ms)
         for version in self._versions.get(plan, ()):
             if version.holds(at_ms):
-                if keep:
+                if not event_ms:
                     self._current[plan] = version
                 return version
         return None
 
-    def _unpriced(self, plan: str, at_ms: int, shape: _Shape) -> Charge:
+    def _when(self, event_ms: int) -> int:
+        """An event a little ahead is decided as of now, here as in the store."""
+        now_ms = self._clock() + self._offset_ms
+        return min(event_ms, now_ms) if event_ms else now_ms
+
+    def _unpriced(self, plan: str, event_ms: int, shape: _Shape) -> Charge:
         """No version is in force: the account decides on everything else and denies for want of a price."""
+        at_ms = self._when(event_ms)
         first = next((version.from_ms for version in self._versions.get(plan, ())), 0)
         prices = tuple(Price(feature, "-" if feature in self._known else "!") for feature, _ in shape)
         return Charge(plan, 0, 0, first if at_ms < first else 0, prices)
