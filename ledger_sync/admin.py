@@ -116,6 +116,10 @@ class LedgerAdmin(LedgerAdminServicer):
         return contract
 
     @_answered
+    async def ListContracts(self, request: pb.ListRequest, actor: str) -> pb.ListContractsResponse:
+        return await self._control.customers.list_contracts(page_of(request, after=(str,), customer=True))
+
+    @_answered
     async def CreateGrant(self, request: pb.Grant, actor: str) -> pb.Grant:
         grant = await self._control.grants.create(request, actor)
         self._control.pusher.wake()

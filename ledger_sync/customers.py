@@ -110,6 +110,19 @@ class CustomerStore:
             await changes.audit(connection, self._tenant, actor, "PutContract", contract.customer, detail)
         return contract
 
+    async def list_contracts(self, page: Page) -> pb.ListContractsResponse:
+        """By id, with their defaults filled in; of one customer when the page names it."""
+        async with self._ledger.transaction(readonly=True) as connection:
+            rows = await connection.fetch(
+                """SELECT body FROM contracts WHERE tenant = $1 AND ($2 = '' OR customer = $2) AND id > $3
+                   ORDER BY id LIMIT $4""",
+                *(self._tenant, page.customer, page.after[0] if page.after else "", page.size + 1),
+            )
+        response = pb.ListContractsResponse(contracts=[pb.Contract.FromString(row["body"]) for row in rows[: page.size]])
+        if len(rows) > page.size:
+            response.next_page_token = page_token(response.contracts[-1].id)
+        return response
+
     async def _customer(self, connection: Connection, customer: str) -> Row | None:
         """The customer's row, locked: what happens to one customer happens one after the other."""
         return await connection.fetchrow(

@@ -6,6 +6,7 @@ install by its deadline.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -54,7 +55,9 @@ class HotStore:
         """Connects when first used."""
         client: Redis = Redis.from_url(
             url,
-            socket_timeout=TIMEOUT_S,
+            # No socket_timeout: on Python 3.11 its asyncio.wait_for may swallow a cancellation (cpython gh-86296). Every
+            # call has a deadline of its own instead.
+            socket_timeout=None,
             socket_connect_timeout=TIMEOUT_S,
             max_connections=CONNECTIONS,
             retry=Retry(NoBackoff(), 0),
@@ -192,7 +195,7 @@ class HotStore:
     async def requests(self, wait_s: float) -> list[Name]:
         """The install requests that wait now, or the first ones that come within `wait_s`."""
         lists = [keys.install_requests(partition) for partition in range(self.partitions)]
-        async with _translated():
+        async with _translated(wait_s + TIMEOUT_S):
             first = await self._client.blpop(lists, timeout=wait_s)
             if first is None:
                 return []
@@ -234,10 +237,13 @@ class HotStore:
 
 
 @asynccontextmanager
-async def _translated() -> AsyncIterator[None]:
+async def _translated(deadline_s: float = TIMEOUT_S) -> AsyncIterator[None]:
     try:
-        yield
-    except (RedisError, OSError, TimeoutError) as error:
+        async with asyncio.timeout(deadline_s):
+            yield
+    except TimeoutError:
+        raise Unavailable(f"hot store: no answer within {deadline_s} s") from None
+    except (RedisError, OSError) as error:
         raise Unavailable(f"hot store: {type(error).__name__}: {error}") from error
 
 

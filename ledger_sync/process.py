@@ -49,7 +49,7 @@ class Process:
             JournalReader.connect(
                 settings.redis_url, range(lane, settings.partitions, settings.lanes), settings.consumer
             )
-            for lane in range(settings.lanes)
+            for lane in range(min(settings.lanes, settings.partitions))
         ]
         self._hot = HotStore.connect(settings.redis_url, settings.partitions)
         self._ledger: Ledger | None = None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from itertools import count
 from time import monotonic
 from typing import TYPE_CHECKING
 
 import grpc
 from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
 
 from entitlement.account import Account
 from entitlement.decision import Charge, Consume, Decision, Limits, Mode, Outcome, parse_outcome
@@ -54,9 +55,7 @@ class Rig:
     async def stop_drain(self) -> None:
         """Records stay in the journal until it starts again."""
         if self._draining:
-            self._draining.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._draining
+            await end(self._draining)
             self._draining = None
 
     async def rows(self, query: str, *arguments: object) -> list[Row]:
@@ -135,6 +134,12 @@ class Rig:
             )
 
 
+async def end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    done, _ = await asyncio.wait([task], timeout=DEADLINE_S)
+    assert done, f"{task} does not end"
+
+
 def card(name: str, prices: dict[str, int], *, per: int = 1_000_000) -> ledger_pb2.RateCard:
     message = ledger_pb2.RateCard(id=name, credit_type="USD")
     for feature, nanos in prices.items():
@@ -147,7 +152,8 @@ async def rig(valkey_url: str, dsn: str, partitions: int = PARTITIONS) -> AsyncI
     """A whole control plane, serving on a loopback port of its own."""
     ledger = await Ledger.open(dsn)
     hot = HotStore.connect(valkey_url, partitions)
-    reader = JournalReader.connect(valkey_url, range(partitions), "test")
+    # Without socket_timeout, which may swallow the cancellation that ends the drain (asyncio.wait_for on Python 3.11).
+    reader = JournalReader(Redis.from_url(valkey_url, protocol=2), range(partitions), "test")
     drain = Drain(ledger, [reader], figures=Figures(CollectorRegistry()), on_commit=lambda _: None, linger_ms=1)
     control = ControlPlane(ledger, hot, drain.settled, TENANT)
     made = Rig(ledger, hot, drain, control)
@@ -164,9 +170,7 @@ async def rig(valkey_url: str, dsn: str, partitions: int = PARTITIONS) -> AsyncI
     finally:
         await server.stop(None)
         await made.stop_drain()
-        loops.cancel()
-        with suppress(asyncio.CancelledError):
-            await loops
+        await end(loops)
         await reader.close()
         await hot.close()
         await ledger.close()

@@ -193,8 +193,9 @@ class Site:
             request = ledger_pb2.VerifyRequest(customer=customer)
             return await persist(lambda: self.admin.Verify(request, timeout=2 * DEADLINE_S))
 
-        await until(look, lambda report: not report.journal_lag, "the journal was not settled")
-        report = await until(look, lambda report: not report.outbox_pending, "events were not published")
+        said = f"; see {self.stack.data}/sync.log"
+        await until(look, lambda report: not report.journal_lag, f"the journal was not settled{said}")
+        report = await until(look, lambda report: not report.outbox_pending, f"events were not published{said}")
         found = {field.name: value for field, value in report.ListFields()}
         faults = {"drifted", "drift_nanos", "unbalanced_transactions", "journal_lag", "drifts", "sequence_gaps"}
         assert not faults & found.keys(), found

@@ -69,6 +69,11 @@ class LedgerAdminStub(object):
                 request_serializer=entitlement_dot_v1_dot_ledger__pb2.Contract.SerializeToString,
                 response_deserializer=entitlement_dot_v1_dot_ledger__pb2.Contract.FromString,
                 _registered_method=True)
+        self.ListContracts = channel.unary_unary(
+                '/entitlement.v1.LedgerAdmin/ListContracts',
+                request_serializer=entitlement_dot_v1_dot_ledger__pb2.ListRequest.SerializeToString,
+                response_deserializer=entitlement_dot_v1_dot_ledger__pb2.ListContractsResponse.FromString,
+                _registered_method=True)
         self.CreateGrant = channel.unary_unary(
                 '/entitlement.v1.LedgerAdmin/CreateGrant',
                 request_serializer=entitlement_dot_v1_dot_ledger__pb2.Grant.SerializeToString,
@@ -162,6 +167,12 @@ class LedgerAdminServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PutContract(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListContracts(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -270,6 +281,11 @@ def add_LedgerAdminServicer_to_server(servicer, server):
                     servicer.PutContract,
                     request_deserializer=entitlement_dot_v1_dot_ledger__pb2.Contract.FromString,
                     response_serializer=entitlement_dot_v1_dot_ledger__pb2.Contract.SerializeToString,
+            ),
+            'ListContracts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListContracts,
+                    request_deserializer=entitlement_dot_v1_dot_ledger__pb2.ListRequest.FromString,
+                    response_serializer=entitlement_dot_v1_dot_ledger__pb2.ListContractsResponse.SerializeToString,
             ),
             'CreateGrant': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateGrant,
@@ -511,6 +527,33 @@ class LedgerAdmin(object):
             '/entitlement.v1.LedgerAdmin/PutContract',
             entitlement_dot_v1_dot_ledger__pb2.Contract.SerializeToString,
             entitlement_dot_v1_dot_ledger__pb2.Contract.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListContracts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/entitlement.v1.LedgerAdmin/ListContracts',
+            entitlement_dot_v1_dot_ledger__pb2.ListRequest.SerializeToString,
+            entitlement_dot_v1_dot_ledger__pb2.ListContractsResponse.FromString,
             options,
             channel_credentials,
             insecure,

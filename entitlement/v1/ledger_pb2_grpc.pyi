@@ -41,6 +41,7 @@ class LedgerAdminStub:
     PutCustomer: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.Customer, _ledger_pb2.Customer]
     ListCustomers: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListCustomersResponse]
     PutContract: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.Contract, _ledger_pb2.Contract]
+    ListContracts: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListContractsResponse]
     CreateGrant: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.Grant, _ledger_pb2.Grant]
     """idempotent by grant id"""
     VoidGrant: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.VoidGrantRequest, _ledger_pb2.Grant]
@@ -69,6 +70,7 @@ class LedgerAdminAsyncStub(LedgerAdminStub):
     PutCustomer: _aio.UnaryUnaryMultiCallable[_ledger_pb2.Customer, _ledger_pb2.Customer]  # type: ignore[assignment]
     ListCustomers: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListCustomersResponse]  # type: ignore[assignment]
     PutContract: _aio.UnaryUnaryMultiCallable[_ledger_pb2.Contract, _ledger_pb2.Contract]  # type: ignore[assignment]
+    ListContracts: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListContractsResponse]  # type: ignore[assignment]
     CreateGrant: _aio.UnaryUnaryMultiCallable[_ledger_pb2.Grant, _ledger_pb2.Grant]  # type: ignore[assignment]
     """idempotent by grant id"""
     VoidGrant: _aio.UnaryUnaryMultiCallable[_ledger_pb2.VoidGrantRequest, _ledger_pb2.Grant]  # type: ignore[assignment]
@@ -129,6 +131,12 @@ class LedgerAdminServicer:
         request: _ledger_pb2.Contract,
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_pb2.Contract, _abc.Awaitable[_ledger_pb2.Contract]]: ...
+
+    def ListContracts(
+        self,
+        request: _ledger_pb2.ListRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.ListContractsResponse, _abc.Awaitable[_ledger_pb2.ListContractsResponse]]: ...
 
     def CreateGrant(
         self,

@@ -26,7 +26,6 @@ class Change(StrEnum):
     CREATED = "created"
     CHANGED = "changed"
     UNCHANGED = "unchanged"
-    PUT = "put"  # whether it is there already cannot be asked; the same content again changes nothing
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ def plan(stub: LedgerAdminStub, catalogue: Catalogue) -> list[Step]:
     features = {message.key: message for page in pages(stub.ListFeatures) for message in page.features}
     versions = [card for page in pages(stub.ListRateCards) for card in page.rate_cards]
     customers = {message.id: message for page in pages(stub.ListCustomers) for message in page.customers}
+    contracts = {message.id: message for page in pages(stub.ListContracts) for message in page.contracts}
     grants = {message.id: message for page in pages(stub.ListGrants) for message in page.grants}
     known: dict[Kind, Collection[str]] = {
         "feature": {*features, *(item.id for item in catalogue.features)},
@@ -67,7 +67,7 @@ def plan(stub: LedgerAdminStub, catalogue: Catalogue) -> list[Step]:
         *_steps("feature", catalogue.features, features, stub.PutFeature),
         *_steps("rate card", catalogue.rate_cards, _current(catalogue.rate_cards, versions), stub.PutRateCard),
         *_steps("customer", catalogue.customers, customers, stub.PutCustomer),
-        *_contract_steps(catalogue.contracts, customers, stub.PutContract),
+        *_steps("contract", catalogue.contracts, contracts, stub.PutContract),
         *_steps("grant", catalogue.grants, grants, stub.CreateGrant),
     ]
     faults = [
@@ -114,7 +114,7 @@ def carry_out(steps: Sequence[Step], file: str, address: str) -> None:
 def show_steps(steps: Sequence[Step]) -> None:
     counts = Counter((step.kind, step.change) for step in steps)
     kinds = [kind for kind in KINDS if any((kind, change) in counts for change in Change)]
-    changes = [change for change in Change if change is not Change.PUT or any(change is c for _, c in counts)]
+    changes = list(Change)
     rows = [[kind, *(str(counts[kind, change]) for change in changes)] for kind in kinds]
     show.table(["catalogue", *(f">{change}" for change in changes)], rows)
     changed = [step for step in steps if step.change is Change.CHANGED]
@@ -137,25 +137,6 @@ def _steps(
         change = Change.CREATED if there is None else Change.CHANGED if detail else Change.UNCHANGED
         steps.append(Step(kind, item.id, change, detail, item.where, _call(put, item.message)))
     return steps
-
-
-def _contract_steps(
-    items: Sequence[Item[pb.Contract]],
-    customers: Collection[str],
-    put: grpc.UnaryUnaryMultiCallable[pb.Contract, pb.Contract],
-) -> list[Step]:
-    """The control plane lists no contracts: only those of new customers are known to be new."""
-    return [
-        Step(
-            "contract",
-            item.id,
-            Change.PUT if item.message.customer in customers else Change.CREATED,
-            "",
-            item.where,
-            _call(put, item.message),
-        )
-        for item in items
-    ]
 
 
 def _call(put: grpc.UnaryUnaryMultiCallable[Message, Message], message: Message) -> Callable[[], object]:

@@ -17,9 +17,9 @@ from gateway.client.errors import (
     Unauthenticated,
     Unavailable,
 )
+from gateway.client.options import Tls
 from gateway.client.sync import SyncClient
 from gateway.client.values import Balance, Consumed, Decision, Mode, Quota, Reason, Request, Usage, Verdict
-from gateway.client.wire import Tls
 
 __all__ = [
     "Backoff",

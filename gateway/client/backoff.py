@@ -1,4 +1,4 @@
-"""How long to wait before the same key is tried again."""
+"""How often, and how long after one another, the same call is tried."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable
 
 import msgspec
+
+from gateway.client.errors import RETRIED, EntitlementCallError
 
 
 class Backoff(msgspec.Struct, frozen=True):
@@ -20,3 +22,32 @@ class Backoff(msgspec.Struct, frozen=True):
         assert failures >= 1
         whole_ms = min(self.first_ms << min(failures - 1, 30), self.most_ms)
         return whole_ms * (0.5 + 0.5 * self.jitter()) / 1000
+
+
+class Attempts:
+    """The attempts of one call, which end by its deadline on `clock` (seconds)."""
+
+    def __init__(self, backoff: Backoff, timeout_s: float, clock: Callable[[], float]) -> None:
+        self._backoff = backoff
+        self._timeout = timeout_s
+        self._clock = clock
+        self._failures = 0
+        self._deadline: float | None = clock() + timeout_s
+
+    def left_s(self) -> float:
+        assert self._deadline is not None
+        return self._deadline - self._clock()
+
+    def answered(self) -> None:
+        """A stream that has answered has no deadline until it fails."""
+        self._failures, self._deadline = 0, None
+
+    def pause_s(self, problem: EntitlementCallError) -> float:
+        """How long to wait before the next attempt. Raises `problem` when there may be none."""
+        if self._deadline is None:
+            self._deadline = self._clock() + self._timeout
+        self._failures += 1
+        pause_s = self._backoff.pause_s(self._failures)
+        if problem.code not in RETRIED or pause_s >= self.left_s():
+            raise problem
+        return pause_s

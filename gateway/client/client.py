@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from datetime import datetime
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
-from gateway.client.backoff import Backoff
-from gateway.client.errors import EntitlementCallError
-from gateway.client.session import Options, Session
-from gateway.client.values import Balance, Decision, Mode, Request, Usage, lines, random_key
-from gateway.client.wire import Tls, Token
+from gateway.client.backoff import Attempts, Backoff
+from gateway.client.decisions import Decisions
+from gateway.client.errors import ClientClosed, EntitlementCallError
+from gateway.client.options import Options, Tls, Token
+from gateway.client.values import (
+    Balance,
+    Decision,
+    Mode,
+    Request,
+    Usage,
+    balance,
+    balance_request,
+    lines,
+    random_key,
+    same,
+)
+from gateway.client.wire import Wire, stream_ended
 
 
 class Client:
@@ -55,7 +69,8 @@ class Client:
         backoff: Backoff | None = None,
         new_key: Callable[[], str] = random_key,
     ) -> None:
-        options = Options(
+        self._options = Options(
+            target=target,
             timeout_ms=timeout_ms,
             token=token,
             tls=tls,
@@ -66,15 +81,25 @@ class Client:
             backoff=backoff or Backoff(),
             new_key=new_key,
         )
-        self._session = Session(target, options)
+        self._running: _Running | None = None
+        self._closed = False
 
     async def start(self) -> None:
         """Does not wait for a connection: a gateway that is away shows as Unavailable. May be called twice."""
-        await self._session.start()
+        if self._closed:
+            raise ClientClosed
+        if self._running is None:
+            wire = Wire(self._options)
+            self._running = _Running(wire, Decisions(wire, self._options))
 
     async def close(self) -> None:
         """Takes no more calls, waits for those in flight (each has its deadline), disconnects. May be called twice."""
-        await self._session.close()
+        self._closed = True
+        if self._running is not None:
+            try:
+                await self._running.decisions.lane.close()
+            finally:
+                await self._running.wire.close()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -111,25 +136,60 @@ class Client:
         the same key (the error has it) tells it. Cancelling means the same, and the batch's other calls notice nothing.
         """
         request = Request(customer, lines(feature, quantity, dimensions, usage), key, subject, mode, event_time)
-        return await self._session.decide(request)
+        return await self._started().decisions.decide(request)
 
     async def check_and_consume_many(self, requests: Iterable[Request]) -> list[Decision | EntitlementCallError]:
         """As check_and_consume for each request, independently, answered in order: a decision or that call's error.
 
         They travel in as few batches as they fit in. Any number may be given: what is beyond `max_in_flight` waits.
         """
-        return await self._session.decide_many(requests)
+        return await self._started().decisions.decide_many(requests)
 
     async def balance(self, customer: str, *, at_least_sequence: int = 0) -> Balance:
         """The balance, no older than `at_least_sequence` of the account (a Decision's `sequence`).
 
         Raises CustomerNotFound, and as check_and_consume; retried alike.
         """
-        return await self._session.balance(customer, at_least_sequence)
+        request, attempts = balance_request(customer, at_least_sequence), self._attempts()
+        while True:
+            try:
+                return balance(await self._started().wire.balance(request, attempts.left_s()))
+            except EntitlementCallError as problem:
+                pause_s = attempts.pause_s(problem)
+            await asyncio.sleep(pause_s)
 
-    def watch_balance(self, customer: str) -> AsyncGenerator[Balance]:
+    async def watch_balance(self, customer: str) -> AsyncGenerator[Balance]:
         """The balance now, then every change, for as long as it is iterated. Changes in quick succession show as one.
 
         Comes back by itself after a lost connection; raises Unavailable when that takes longer than the timeout.
         """
-        return self._session.watch(customer)
+        request, attempts = balance_request(customer), self._attempts()
+        seen: Balance | None = None
+        while True:
+            try:
+                async with aclosing(self._started().wire.watch(request, self._options.timeout_s)) as messages:
+                    async for message in messages:
+                        attempts.answered()
+                        now = balance(message)
+                        if seen is None or not same(seen, now):
+                            seen = now
+                            yield now
+                pause_s = attempts.pause_s(stream_ended())
+            except EntitlementCallError as problem:
+                pause_s = attempts.pause_s(problem)
+            await asyncio.sleep(pause_s)
+
+    def _attempts(self) -> Attempts:
+        return Attempts(self._options.backoff, self._options.timeout_s, asyncio.get_running_loop().time)
+
+    def _started(self) -> _Running:
+        if self._running is None or self._closed:
+            raise ClientClosed("the client is closed" if self._closed else "the client is not started")
+        return self._running
+
+
+class _Running(NamedTuple):
+    """What there is between start and close."""
+
+    wire: Wire
+    decisions: Decisions

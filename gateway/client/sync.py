@@ -5,25 +5,40 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import suppress
+from contextlib import closing
 from datetime import datetime
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import NamedTuple, Self
 
 import grpc
 
 from entitlement.v1 import gateway_pb2 as pb
-from gateway.client.backoff import Backoff
+from gateway.client.backoff import Attempts, Backoff
+from gateway.client.decisions import Decisions, encoded
 from gateway.client.errors import ClientClosed, EntitlementCallError, call_error
-from gateway.client.session import Options, Session
-from gateway.client.values import Balance, Decision, Mode, Request, Usage, decision, lines, random_key
-from gateway.client.wire import Tls, Token
+from gateway.client.lane import Lane
+from gateway.client.options import Options, Tls, Token
+from gateway.client.thread_wire import ThreadWire
+from gateway.client.values import (
+    Balance,
+    Decision,
+    Mode,
+    Request,
+    Usage,
+    balance,
+    balance_request,
+    decision,
+    lines,
+    random_key,
+    same,
+)
+from gateway.client.wire import stream_ended
 
 _SLACK_S = 5.0  # beyond a call's own deadline: only a loop that is blocked or gone takes longer
 _Answer = Future[pb.CheckAndConsumeResponse]
-Result = TypeVar("Result")
 
 
 class SyncClient:
@@ -52,7 +67,8 @@ class SyncClient:
         backoff: Backoff | None = None,
         new_key: Callable[[], str] = random_key,
     ) -> None:
-        options = Options(
+        self._options = Options(
+            target=target,
             timeout_ms=timeout_ms,
             token=token,
             tls=tls,
@@ -63,35 +79,33 @@ class SyncClient:
             backoff=backoff or Backoff(),
             new_key=new_key,
         )
-        self._session = Session(target, options)
-        self._limit_s = timeout_ms / 1000 + _SLACK_S
-        self._lock = threading.Lock()  # guards `_open` and `_inbox`
+        self._limit_s = self._options.timeout_s + _SLACK_S
+        self._lock = threading.Lock()  # guards what follows
+        self._running: _Running | None = None
         self._open = False
         self._inbox: list[tuple[str, bytes, _Answer]] = []
-        self._thread: threading.Thread | None = None
-        self._pid = 0
 
     def start(self) -> None:
         """Starts the thread; does not wait for a connection. May be called twice."""
         with self._lock:
-            if self._thread is None:
-                started: Future[None] = Future()
-                thread = threading.Thread(target=self._run, args=(started,), name="entitlement-client", daemon=True)
-                thread.start()
-                started.result(_SLACK_S)
-                self._thread, self._pid, self._open = thread, os.getpid(), True
+            if self._running is None:
+                started: Future[_Running] = Future()
+                threading.Thread(target=self._run, args=(started,), name="entitlement-client", daemon=True).start()
+                self._running = started.result(_SLACK_S)
+                self._open = True
             elif not self._open:
                 raise ClientClosed
 
     def close(self) -> None:
         """Takes no more calls, waits for those in flight (each by its deadline), ends the thread. May be repeated."""
         with self._lock:
-            mine = self._pid == os.getpid()
-            if self._open and mine:
-                self._loop.call_soon_threadsafe(self._stop.set)
-            self._open = False
-        if self._thread is not None and mine:
-            self._thread.join()
+            running, was_open, self._open = self._running, self._open, False
+            if running is None or running.pid != os.getpid():
+                return
+            if was_open:
+                running.stopping.set()
+                running.loop.call_soon_threadsafe(running.stop.set)
+        running.thread.join()
 
     def __enter__(self) -> Self:
         self.start()
@@ -117,7 +131,7 @@ class SyncClient:
     ) -> Decision:
         """See Client.check_and_consume."""
         request = Request(customer, lines(feature, quantity, dimensions, usage), key, subject, mode, event_time)
-        used_key, data = self._session.encoded(request)
+        used_key, data = encoded(request, self._options)
         answer: _Answer = Future()
         self._post(used_key, data, answer)
         try:
@@ -128,77 +142,99 @@ class SyncClient:
 
     def check_and_consume_many(self, requests: Iterable[Request]) -> list[Decision | EntitlementCallError]:
         """See Client.check_and_consume_many."""
-        return self._call(self._session.decide_many(requests))
-
-    def balance(self, customer: str, *, at_least_sequence: int = 0) -> Balance:
-        """See Client.balance."""
-        return self._call(self._session.balance(customer, at_least_sequence))
-
-    def watch_balance(self, customer: str) -> Generator[Balance]:
-        """See Client.watch_balance. Each step blocks until the balance changes or the client is closed."""
-        balances = self._session.watch(customer)
-
-        async def following() -> Balance | None:
-            return await anext(balances, None)
-
-        try:
-            while (now := self._call(following())) is not None:
-                yield now
-        finally:
-            with suppress(ClientClosed):
-                self._call(_closing(balances))
-
-    def _post(self, key: str, data: bytes, answer: _Answer) -> None:
-        """Calls of several threads share one wake-up of the loop."""
         with self._lock:
-            self._check_open(key)
-            self._inbox.append((key, data, answer))
-            if len(self._inbox) == 1:
-                self._loop.call_soon_threadsafe(self._take_in)
-
-    def _take_in(self) -> None:
-        with self._lock:
-            calls, self._inbox = self._inbox, []
-        for key, data, answer in calls:
-            try:
-                self._session.lane.submit(key, data, answer)
-            except EntitlementCallError as error:
-                answer.set_exception(error)
-
-    def _call(self, coroutine: Coroutine[None, None, Result]) -> Result:
-        with self._lock:
-            try:
-                self._check_open()
-            except BaseException:
-                coroutine.close()
-                raise
-            result = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+            running = self._started()
+            result = asyncio.run_coroutine_threadsafe(running.decisions.decide_many(requests), running.loop)
         try:
             return result.result()
         except CancelledError:
             raise ClientClosed from None
 
-    def _check_open(self, key: str = "") -> None:
-        if not self._open:
-            raise ClientClosed(key=key)
-        if self._pid != os.getpid():
+    def balance(self, customer: str, *, at_least_sequence: int = 0) -> Balance:
+        """See Client.balance."""
+        request, attempts = balance_request(customer, at_least_sequence), self._attempts()
+        while True:
+            running = self._started()
+            try:
+                return balance(running.wire.balance(request, attempts.left_s()))
+            except EntitlementCallError as problem:
+                pause_s = attempts.pause_s(problem)
+            running.stopping.wait(pause_s)
+
+    def watch_balance(self, customer: str) -> Generator[Balance]:
+        """See Client.watch_balance. Each step blocks until the balance changes or the client is closed."""
+        request, attempts = balance_request(customer), self._attempts()
+        seen: Balance | None = None
+        while True:
+            running = self._started()
+            try:
+                with closing(running.wire.watch(request, self._options.timeout_s)) as messages:
+                    for message in messages:
+                        attempts.answered()
+                        now = balance(message)
+                        if seen is None or not same(seen, now):
+                            seen = now
+                            yield now
+                pause_s = attempts.pause_s(stream_ended())
+            except EntitlementCallError as problem:
+                pause_s = attempts.pause_s(problem)
+            running.stopping.wait(pause_s)
+
+    def _attempts(self) -> Attempts:
+        return Attempts(self._options.backoff, self._options.timeout_s, time.monotonic)
+
+    def _post(self, key: str, data: bytes, answer: _Answer) -> None:
+        """Calls of several threads share one wake-up of the loop."""
+        with self._lock:
+            running = self._started(key)
+            self._inbox.append((key, data, answer))
+            if len(self._inbox) == 1:
+                running.loop.call_soon_threadsafe(self._take_in, running.decisions.lane)
+
+    def _take_in(self, lane: Lane) -> None:
+        with self._lock:
+            calls, self._inbox = self._inbox, []
+        for key, data, answer in calls:
+            try:
+                lane.submit(key, data, answer)
+            except EntitlementCallError as error:
+                answer.set_exception(error)
+
+    def _started(self, key: str = "") -> _Running:
+        if self._running is None or not self._open:
+            raise ClientClosed("the client is closed" if self._running else "the client is not started", key)
+        if self._running.pid != os.getpid():
             raise RuntimeError("this client was started before a fork: start one in the child")
+        return self._running
 
-    def _run(self, started: Future[None]) -> None:
-        asyncio.run(self._serve(started))
-
-    async def _serve(self, started: Future[None]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._stop = asyncio.Event()
+    def _run(self, started: Future[_Running]) -> None:
         try:
-            await self._session.start()
-        except (OSError, ValueError, EntitlementCallError) as error:
+            wire = ThreadWire(self._options)
+        except (OSError, ValueError) as error:
             started.set_exception(error)
             return
-        started.set_result(None)
-        await self._stop.wait()
-        await self._session.close()
+        try:
+            asyncio.run(self._serve(wire, started))
+        finally:
+            wire.close()
+
+    async def _serve(self, wire: ThreadWire, started: Future[_Running]) -> None:
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+        decisions = Decisions(wire, self._options)
+        thread, stopping = threading.current_thread(), threading.Event()
+        started.set_result(_Running(thread, os.getpid(), loop, stop, stopping, wire, decisions))
+        await stop.wait()
+        await decisions.lane.close()
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
 
 
-async def _closing(balances: AsyncGenerator[Balance]) -> None:
-    await balances.aclose()
+class _Running(NamedTuple):
+    """What there is between start and close."""
+
+    thread: threading.Thread
+    pid: int
+    loop: asyncio.AbstractEventLoop
+    stop: asyncio.Event
+    stopping: threading.Event  # the same, for threads
+    wire: ThreadWire
+    decisions: Decisions

@@ -10,6 +10,7 @@ from typing import Literal, Never
 
 import grpc
 import msgspec
+from msgspec.structs import replace
 
 from entitlement.request import MAX_REQUEST_BYTES
 from entitlement.v1 import gateway_pb2 as pb
@@ -237,6 +238,11 @@ def _balance(message: pb.Balance, as_of: datetime | None = None, degraded: bool 
 def balance(message: pb.GetBalanceResponse) -> Balance:
     as_of = message.as_of.ToDatetime(UTC) if message.HasField("as_of") else None
     return _balance(message.balance, as_of, message.degraded)
+
+
+def same(one: Balance, other: Balance) -> bool:
+    """Whether they differ in nothing but when they were read."""
+    return replace(one, as_of=None) == replace(other, as_of=None)
 
 
 def _quota(message: pb.Quota) -> Quota:

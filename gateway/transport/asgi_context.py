@@ -20,42 +20,58 @@ Metadata = Iterable[tuple[str, str | bytes]]
 
 CONTENT_TYPE = (b"content-type", b"application/grpc")
 ACCEPT = (b"grpc-accept-encoding", b"identity,gzip")
-_RESERVED = frozenset((b"te", b"content-type", b"user-agent", b"host", b"content-length"))
+_RESERVED = frozenset((b"te", b"content-type", b"host", b"content-length"))
 
 
 class Aborted(Exception):
     """Carries `context.abort` through a servicer."""
 
 
+class PeerGone(Exception):
+    """There is nobody any more to read from or to write to."""
+
+
 class Context:
     """One call. `expired` and `gone` say why its task was cancelled: the deadline passed, or the peer went away."""
 
-    def __init__(self, headers: Headers, peer: str, send: Send) -> None:
+    def __init__(self, headers: Headers, client: tuple[str, int] | None, receive: Receive, send: Send) -> None:
         self._headers = headers
-        self._peer = peer
+        self._client = client
         self._send = send
         self._compress = False
         self._initial: list[tuple[bytes, bytes]] = []
-        self._callbacks: list[Callable[[Context], None]] = []
+        self.receive = receive
+        self.callbacks: list[Callable[[Context], None]] = []
         self.trailing: list[tuple[bytes, bytes]] = []
         self.serialize: Callable[[object], bytes] = bytes  # type: ignore[assignment]
         self.messages: AsyncIterator[object] | None = None
         self.task: asyncio.Task[None] | None = None
         self.watcher: asyncio.Task[None] | None = None  # looks whether the peer is still there
         self.deadline: float | None = None  # in the loop's time
+        self.tick = 0  # where the deadline is remembered
         self.started = self.finished = self.expired = self.gone = False
+        self.reading = True  # somebody waits for the request, and so sees the peer go
+        self.slow = False
         self.status = 0
         self.message = ""
 
     def invocation_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
-        return tuple(
-            (name.decode("latin-1"), _unpacked(value) if name.endswith(b"-bin") else value.decode("latin-1"))
-            for name, value in self._headers
-            if name not in _RESERVED and not name.startswith((b":", b"grpc-"))
-        )
+        found: list[tuple[str, str | bytes]] = []
+        for name, value in self._headers:
+            if name in _RESERVED or name.startswith((b":", b"grpc-")):
+                continue
+            if name.endswith(b"-bin"):  # Proxies may have joined several.
+                found += [(name.decode("latin-1"), _unpacked(part.strip())) for part in value.split(b",")]
+            else:
+                found.append((name.decode("latin-1"), value.decode("latin-1")))
+        return tuple(found)
 
     def peer(self) -> str:
-        return self._peer
+        """As grpcio writes it: ipv4:127.0.0.1:80, ipv6:[::1]:80, unix:."""
+        if not self._client or not self._client[0]:
+            return "unix:"
+        host, port = self._client
+        return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
 
     def time_remaining(self) -> float | None:
         return None if self.deadline is None else max(0.0, self.deadline - asyncio.get_running_loop().time())
@@ -86,8 +102,10 @@ class Context:
         self.trailing = [_header(name, value) for name, value in metadata]
 
     def set_compression(self, compression: grpc.Compression) -> None:
-        """Gzip or none, for every message of the answer. Before the first one."""
-        self._compress = compression is grpc.Compression.Gzip
+        """Gzip or none, for every message of the answer. Before the first one; none for a peer that cannot read it."""
+        accepted = b",".join(value for name, value in self._headers if name == b"grpc-accept-encoding")
+        known = {word.strip() for word in accepted.split(b",")}
+        self._compress = compression is grpc.Compression.Gzip and b"gzip" in known
 
     async def send_initial_metadata(self, metadata: Metadata) -> None:
         self._initial = [_header(name, value) for name, value in metadata]
@@ -108,46 +126,65 @@ class Context:
         return self.finished
 
     def add_done_callback(self, callback: Callable[[Context], None]) -> None:
-        self._callbacks.append(callback)
+        """Called once when the call has ended, however it ended."""
+        self.callbacks.append(callback)
 
     # For the transport.
 
     @property
     def plain(self) -> bool:
         """Nothing was said but the answer: no metadata, no status, no compression."""
-        return not (self.started or self.trailing or self.status or self._compress or self._callbacks)
+        return not (self.started or self.trailing or self.status or self._compress)
 
-    def end_task(self) -> None:
-        if self.task is not None and not self.finished:
+    def leave(self) -> None:
+        """The peer has gone: ends the work for it."""
+        if not self.finished:
+            self.gone = True
+            self._end()
+
+    def expire(self) -> None:
+        """The deadline has passed: ends the work."""
+        if not self.finished:
+            self.expired = True
+            self._end()
+
+    def _end(self) -> None:
+        if self.task is not None:
             self.task.cancel()
 
     async def start(self) -> None:
+        """Sends the headers, once. Raises PeerGone."""
         if not self.started:
             self.started = True
             encoding = [(b"grpc-encoding", b"gzip")] if self._compress else []
             headers = [CONTENT_TYPE, ACCEPT, *encoding, *self._initial]
-            await self._send({"type": "http.response.start", "status": 200, "headers": headers, "trailers": True})
+            await self.send({"type": "http.response.start", "status": 200, "headers": headers, "trailers": True})
 
     async def write_bytes(self, data: bytes) -> None:
         await self.start()
         body = compressed_frame(data) if self._compress else frame(data)
-        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        await self.send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def finish(self) -> None:
-        """Sends what ends the call: trailers, or, when nothing was sent yet, one block of headers."""
+        """Sends what ends the call: trailers, or, when nothing was sent yet, one block of headers. Raises PeerGone."""
         self.finished = True
-        for callback in self._callbacks:
-            callback(self)
         status = [(b"grpc-status", b"%d" % self.status), *self.trailing]
         if self.message:
             status.append((b"grpc-message", encode_message(self.message)))
         if self.started:
-            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-            await self._send({"type": "http.response.trailers", "headers": status, "more_trailers": False})
+            await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+            await self.send({"type": "http.response.trailers", "headers": status, "more_trailers": False})
             return
         headers = [CONTENT_TYPE, ACCEPT, *self._initial, *status]
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self.send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def send(self, event: Event) -> None:
+        try:
+            await self._send(event)
+        except OSError:  # What ASGI servers raise when the peer has gone.
+            self.gone = True
+            raise PeerGone from None
 
 
 def _header(name: str, value: str | bytes) -> tuple[bytes, bytes]:

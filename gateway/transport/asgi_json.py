@@ -6,6 +6,7 @@ error is {"code": "invalid_argument", "message": "..."} with the matching HTTP s
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Any
 
 import grpc
@@ -13,8 +14,10 @@ import orjson
 from google.protobuf import descriptor_pool, json_format, message_factory
 from google.protobuf.message import Message
 
-from gateway.transport.asgi import MAX_MESSAGE_BYTES, GrpcApp, Handler
-from gateway.transport.asgi_context import Aborted, Context, Event, Receive, Send
+from gateway.transport.asgi import MAX_MESSAGE_BYTES, GrpcApp
+from gateway.transport.asgi_context import Aborted, Context, Event, PeerGone, Receive, Send
+from gateway.transport.asgi_stream import Handler
+from gateway.transport.frames import BadFrame
 
 _HTTP = {
     "CANCELLED": 499,
@@ -49,15 +52,27 @@ class JsonApp:
         self._limit = max_message_bytes
 
     async def serve(self, scope: Event, receive: Receive, send: Send) -> None:
+        """One call. Never raises but for cancellation from outside."""
+        context = Context(scope["headers"], scope.get("client"), receive, send)
+        self._grpc.in_flight += 1
         try:
-            message = await self._answer(scope, receive)
-            text = json_format.MessageToJson(message, always_print_fields_with_no_presence=False, indent=None)
-            await _send(send, 200, text.encode())
-        except _Refused as refused:
-            body = {"code": refused.name.lower(), "message": refused.message}
-            await _send(send, refused.status, orjson.dumps(body))
+            await _send(context, *await self._told(scope, context))
+        except PeerGone:
+            pass  # Nobody is left to be told anything.
+        finally:
+            context.finished = True
+            self._grpc.in_flight -= 1
 
-    async def _answer(self, scope: Event, receive: Receive) -> Message:
+    async def _told(self, scope: Event, context: Context) -> tuple[int, bytes]:
+        """The HTTP status and the body of the answer."""
+        try:
+            message = await self._answer(scope, context)
+        except _Refused as refused:
+            return refused.status, orjson.dumps({"code": refused.name.lower(), "message": refused.message})
+        text = json_format.MessageToJson(message, always_print_fields_with_no_presence=False, indent=None)
+        return HTTPStatus.OK, text.encode()
+
+    async def _answer(self, scope: Event, context: Context) -> Message:
         if scope["method"] != "POST":
             raise _Refused("UNIMPLEMENTED", f"{scope['method'][:20]} is not served; POST application/json or gRPC", 405)
         path: str = scope["path"]
@@ -67,34 +82,41 @@ class JsonApp:
         content = dict(scope["headers"]).get(b"content-type", b"").split(b";")[0].strip()
         if content != b"application/json":
             raise _Refused("INVALID_ARGUMENT", "content-type: expected application/json or application/grpc", 415)
-        return await _call(handler, scope, _parsed(path, await self._body(receive)))
+        return await self._call(handler, context, _parsed(path, await self._body(context.receive)))
 
     async def _body(self, receive: Receive) -> bytes:
-        body, more = b"", True
-        while more:
-            event = await receive()
-            body += event.get("body", b"")
-            more = event.get("more_body", False)
-            if len(body) > self._limit:
-                raise _Refused("RESOURCE_EXHAUSTED", f"the body is over the limit of {self._limit} bytes", 413)
+        event = await receive()
+        body: bytes = event.get("body", b"")
+        if event.get("more_body", False):
+            try:
+                body = await self._grpc.rest(body, receive)
+            except BadFrame as error:
+                raise _Refused("RESOURCE_EXHAUSTED", str(error)) from None
+        elif event["type"] == "http.disconnect":
+            raise PeerGone
+        if len(body) > self._limit:
+            raise _Refused("RESOURCE_EXHAUSTED", f"the body is over the limit of {self._limit} bytes", 413)
         return body
 
-
-async def _call(handler: Handler, scope: Event, request: Message) -> Message:
-    client = scope.get("client")
-    context = Context(scope["headers"], f"{client[0]}:{client[1]}" if client else "unix:", _nowhere)
-    assert handler.unary_unary is not None
-    try:
-        response: Message = await handler.unary_unary(request, context)  # type: ignore[arg-type]
-    except Aborted:
+    async def _call(self, handler: Handler, context: Context, request: Message) -> Message:
+        assert handler.unary_unary is not None
         response = request
-    if context.status:
-        raise _Refused(_NAMES[context.status], context.message)
-    return response
+        try:
+            response = await handler.unary_unary(request, context)  # type: ignore[arg-type]
+        except Aborted:
+            pass
+        except Exception:
+            self._grpc.unforeseen(context)
+        if context.status:
+            raise _Refused(_NAMES[context.status], context.message)
+        return response
 
 
 def _parsed(path: str, body: bytes) -> Message:
-    method: Any = descriptor_pool.Default().FindMethodByName(path.strip("/").replace("/", "."))
+    try:
+        method: Any = descriptor_pool.Default().FindMethodByName(path.strip("/").replace("/", "."))
+    except KeyError:
+        raise _Refused("UNIMPLEMENTED", f"{path[:200]} has no JSON form", 404) from None
     request: Message = message_factory.GetMessageClass(method.input_type)()
     try:
         return json_format.Parse(body or b"{}", request)
@@ -102,11 +124,9 @@ def _parsed(path: str, body: bytes) -> Message:
         raise _Refused("INVALID_ARGUMENT", f"body: {str(error)[:300]}") from None
 
 
-async def _nowhere(_: Event) -> None:
-    """A unary handler has nothing to send but its answer."""
-
-
-async def _send(send: Send, status: int, body: bytes) -> None:
+async def _send(context: Context, status: int, body: bytes) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers.append((b"allow", b"POST"))
+    await context.send({"type": "http.response.start", "status": status, "headers": headers})
+    await context.send({"type": "http.response.body", "body": body, "more_body": False})

@@ -67,7 +67,20 @@ def _connection_manager(app: str) -> Json:
                 "connection_keepalive": {"interval": "30s", "timeout": "10s"},
             },
             "route_config": {"virtual_hosts": [{"name": "gateway", "domains": ["*"]}]},
-            "http_filters": [_python(app)],
+            "server_header_transformation": "PASS_THROUGH",  # Nothing is said about the server.
+            "http_filters": [_no_escapes(), _python(app)],
+        },
+    }
+
+
+def _no_escapes() -> Json:
+    """Refuses paths with a percent sign: no method has one, and pyvoy never answers one that is not UTF-8."""
+    policy: Json = {"permissions": [{"url_path": {"path": {"contains": "%"}}}], "principals": [{"any": True}]}
+    return {
+        "name": "envoy.filters.http.rbac",
+        "typed_config": {
+            "@type": f"{_TYPE}.filters.http.rbac.v3.RBAC",
+            "rules": {"action": "DENY", "policies": {"escapes": policy}},
         },
     }
 

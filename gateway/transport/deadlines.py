@@ -1,33 +1,50 @@
-"""Deadlines of many calls on one coarse clock: no timer a call, and nothing to undo when a call ends in time."""
+"""What is due when, for many calls on one coarse clock: no timer a call."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
-TICK_S = 0.005  # a deadline is honoured at most this much late
+TICK_S = 0.005  # what is due is done at most this much late
+
+Item = TypeVar("Item")
 
 
-class Deadlines:
-    """Runs callbacks at their time, to within a tick. A callback runs even if what it watched has ended: it looks."""
+class Deadlines(Generic[Item]):
+    """Gives each item to `act` at its time, to within a tick and never early, unless it was forgotten before."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, act: Callable[[Item], None]) -> None:
         self.now = loop.time
         self._loop = loop
-        self._due: dict[int, list[Callable[[], None]]] = {}
+        self._act = act
+        self._due: dict[int, set[Item]] = {}
         self._ticking: asyncio.TimerHandle | None = None
         self._next = 0
 
-    def at(self, when: float, callback: Callable[[], None]) -> None:
-        """Runs the callback at `when`, in the loop's time."""
+    def at(self, when: float, item: Item) -> int:
+        """Remembers the item until `when`, in the loop's time. Answers the tick, by which it can be forgotten."""
         tick = int(when / TICK_S) + 1
         waiting = self._due.get(tick)
         if waiting is not None:
-            waiting.append(callback)
-            return
-        self._due[tick] = [callback]
+            waiting.add(item)
+            return tick
+        self._due[tick] = {item}
         if self._ticking is None or tick < self._next:
             self._arm(tick)
+        return tick
+
+    def forget(self, tick: int, item: Item) -> None:
+        """The item is of no interest any more. One that was acted on, or forgotten, is fine too."""
+        waiting = self._due.get(tick)
+        if waiting is not None:
+            waiting.discard(item)
+            if not waiting:
+                del self._due[tick]
+
+    def __len__(self) -> int:
+        """How many items are remembered."""
+        return sum(map(len, self._due.values()))
 
     def _arm(self, tick: int) -> None:
         if self._ticking is not None:
@@ -39,7 +56,7 @@ class Deadlines:
         self._ticking = None
         now = int(self._loop.time() / TICK_S)
         for tick in sorted(tick for tick in self._due if tick <= now):
-            for callback in self._due.pop(tick):
-                callback()
+            for item in self._due.pop(tick, ()):
+                self._act(item)
         if self._due and self._ticking is None:
             self._arm(min(self._due))

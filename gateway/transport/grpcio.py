@@ -9,6 +9,7 @@ import grpc
 
 from entitlement.errors import InvalidArgument
 from gateway.settings import Settings
+from gateway.transport.guard import GuardedServer
 
 MAX_STREAMS = 2_048
 MAX_METADATA_BYTES = 16_384
@@ -17,19 +18,26 @@ MAX_METADATA_BYTES = 16_384
 class GrpcioTransport:
     """A grpc.aio server on every address of the settings. `addresses` are the bound ones after start."""
 
-    def __init__(self, register: Callable[[grpc.aio.Server], object], settings: Settings) -> None:
+    def __init__(self, register: Callable[[GuardedServer], object], settings: Settings) -> None:
         self._settings = settings
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_concurrent_streams", MAX_STREAMS),
                 ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+                ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),  # Else some of what lies between is refused.
                 ("grpc.http2.bdp_probe", 0),
                 ("grpc.so_reuseport", 0),
             ]
         )
-        register(self._server)
+        self._guarded = GuardedServer(self._server)
+        register(self._guarded)
         self.addresses: tuple[str, ...] = ()
+
+    @property
+    def failures(self) -> int:
+        """Calls that ended in an error nobody foresaw."""
+        return self._guarded.failures
 
     async def start(self) -> None:
         """Raises InvalidArgument when an address cannot be bound."""

@@ -6,6 +6,8 @@ kept in the lifespan's state, which every call of that listener sees.
 
 from __future__ import annotations
 
+import asyncio
+import os
 import sys
 
 from entitlement.errors import EntitlementError
@@ -15,6 +17,7 @@ from gateway.settings import Settings, load
 from gateway.transport.asgi import GrpcApp
 from gateway.transport.asgi_context import Event, Receive, Send
 from gateway.transport.asgi_json import JsonApp
+from gateway.transport.envoy import DRAIN_FD
 
 
 class Doors:
@@ -34,10 +37,15 @@ async def app(scope: Event, receive: Receive, send: Send) -> None:
         return
     doors: Doors = scope["state"]["doors"]
     for name, value in scope["headers"]:
-        if name == b"content-type" and value.startswith(b"application/grpc"):
+        if name == b"content-type" and _is_grpc(value):
             await doors.grpc.serve(scope, receive, send)
             return
     await doors.json.serve(scope, receive, send)
+
+
+def _is_grpc(content_type: bytes) -> bool:
+    """With a message format or not; application/grpc-web is another protocol."""
+    return content_type == b"application/grpc" or content_type.startswith((b"application/grpc+", b"application/grpc;"))
 
 
 async def _live(scope: Event, receive: Receive, send: Send) -> None:
@@ -54,7 +62,23 @@ async def _live(scope: Event, receive: Receive, send: Send) -> None:
         return
     scope["state"]["doors"] = doors
     await send({"type": "lifespan.startup.complete"})
-    await receive()
+    ended = asyncio.ensure_future(receive())
+    draining = asyncio.create_task(_told_to_drain())
+    await asyncio.wait((ended, draining), return_when=asyncio.FIRST_COMPLETED)
+    draining.cancel()
     await doors.core.drain()
+    await ended
     await doors.core.stop()
     await send({"type": "lifespan.shutdown.complete"})
+
+
+async def _told_to_drain() -> None:
+    """Returns when the process that started Envoy begins to drain it."""
+    loop = asyncio.get_running_loop()
+    told = asyncio.Event()
+    if fd := int(os.environ.get(DRAIN_FD, "0")):
+        loop.add_reader(fd, told.set)
+    try:
+        await told.wait()
+    finally:
+        loop.remove_reader(fd)

@@ -93,6 +93,10 @@ class Admin(LedgerAdminServicer):
         items, token = self._page(list(self.customers.values()), request)
         return ledger_pb2.ListCustomersResponse(customers=items, next_page_token=token)
 
+    def ListContracts(self, request, context):
+        items, token = self._page(list(self.contracts.values()), request)
+        return ledger_pb2.ListContractsResponse(contracts=items, next_page_token=token)
+
     def ListGrants(self, request, context):
         grants = [grant for grant in self.grants.values() if request.customer in ("", grant.customer)]
         items, token = self._page(grants, request)
@@ -171,7 +175,7 @@ def test_an_apply_creates_everything_and_a_second_one_changes_nothing(cli: Comma
     assert admin.grants["cust-0001-paid"].amount_nanos == 500 * 10**9
     second = cli("apply", EXAMPLE)
     assert second.exit_code == 0
-    for kind in ("feature", "customer", "grant"):
+    for kind in ("feature", "customer", "contract", "grant"):
         assert rows_of(second.output)[kind][1:3] == ["0", "0"]
     assert len(admin.rate_cards) == 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
@@ -85,11 +85,10 @@ async def test_a_server_that_restarts_under_load_loses_and_doubles_nothing(
     fragile: DevStack, seed: int, name: Name
 ) -> None:
     random = Random(seed)
-    gentle: Callable[[], object] = lambda: fragile.restart(name)  # noqa: E731
     async with opened(fragile) as (at, customers), Client(fragile.gateway, timeout_ms=CLIENT_MS) as client:
         async with flowing(Traffic(by_client(client), customers, random)) as traffic:
             await traffic.more(random.randrange(1, MOST_BETWEEN))
-            await asyncio.to_thread(gentle)
+            await asyncio.to_thread(fragile.restart, name)  # Gently.
             await traffic.more(random.randrange(1, MOST_BETWEEN))
             took_s = await down_and_up(fragile, name)
             await traffic.more(MOST_BETWEEN)

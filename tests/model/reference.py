@@ -1,4 +1,4 @@
-"""What CheckAndConsume means, as simply as it can be said: one account, slow and obvious arithmetic, no codec, no store."""
+"""What CheckAndConsume means, as simply as it can be said: one account, obvious arithmetic, no codec, no store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Lines = tuple[tuple[str, int], ...]
 
 
 class Denied(Exception):
-    pass
+    """Its arguments: the reason, the index of the line."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Model:
         self.allowance = max(0, self.available(now))
 
     def ask(self, key: str, mode: Mode, lines: Lines, now: int) -> object:
-        """'mismatch', or verdict, reason, the line denied, what each line was charged, its burns, thresholds crossed."""
+        """'mismatch', or verdict, reason, the line denied, each line's charge, burns, thresholds crossed."""
         if mode is not Mode.CHECK_ONLY and key in self.answers:
             asked, answer = self.answers[key]
             return answer if asked == (mode, lines) else "mismatch"
@@ -55,10 +55,10 @@ class Model:
             verdict, charged, burns = trial.attempt(mode, lines, now)
         except Denied as denied:
             return (Verdict.DENY, *denied.args, (), (), ())
-        trial.settled += sum(amount for _, amount in charged)
-        reached = {p for p in self.thresholds if self.allowance and 100 * trial.settled >= p * self.allowance}
-        trial.crossed, trial.sequence = reached, self.sequence + 1
-        answer = (verdict, Reason.NONE, -1, tuple(charged), tuple(burns), tuple(sorted(reached - self.crossed)))
+        trial.settled, trial.sequence = self.settled + sum(cost for _, cost in charged), self.sequence + 1
+        trial.crossed = {p for p in self.thresholds if self.allowance and 100 * trial.settled >= p * self.allowance}
+        crossed = tuple(sorted(trial.crossed - self.crossed))
+        answer = (verdict, Reason.NONE, -1, tuple(charged), tuple(burns), crossed)
         if mode is not Mode.CHECK_ONLY:
             self.__dict__ = trial.__dict__
             self.answers[key] = ((mode, lines), answer)
@@ -67,39 +67,33 @@ class Model:
     def attempt(self, mode: Mode, lines: Lines, now: int) -> tuple[Verdict, list, list]:
         charged, burns, capped = [], [], None
         for index, (feature, units) in enumerate(lines):
-            price = PRICES[feature]
-            if price is None:
+            if PRICES[feature] is None:
                 raise Denied(Reason.PRICE_UNKNOWN, index)
-            before = self.used.get(feature, 0)
-            caps, free = (
-                mode is Mode.BEST_EFFORT and feature != "shadow",
-                mode is Mode.ADJUST_ONLY or feature == "shadow",
-            )
-            if units > self.limits.get(feature, 10**9) - before and not free:
-                if not caps:
-                    raise Denied(Reason.USAGE_LIMIT_REACHED, index)
-                units, capped = max(0, self.limits[feature] - before), Reason.USAGE_LIMIT_REACHED
+            before, free = self.used.get(feature, 0), mode is Mode.ADJUST_ONLY or feature == "shadow"
+            left = self.limits.get(feature, 10**9) - before
+            if units > left and not free:
+                units, capped = self.cap(mode, Reason.USAGE_LIMIT_REACHED, index, max(0, left))
             paying = [g for g in self.grants if g[3] <= now < g[4] and (not g[2] or feature in g[2])]
             money = sum(g[1] for g in paying) + self.percent * self.allowance // 100 - self.allowance - self.overage
-            cost = round(price * (before + units)) - round(price * before)
-            if cost > max(money, 0) and not free:
+            costs = [round(PRICES[feature] * (before + n)) - round(PRICES[feature] * before) for n in range(units + 1)]
+            if costs[units] > max(money, 0) and not free:
                 reason = Reason.ARREARS_GATE if self.arrears else Reason.INSUFFICIENT_CREDITS
-                if not caps:
-                    raise Denied(reason, index)
-                capped = reason
-                while units and round(price * (before + units)) - round(price * before) > money:
-                    units -= 1
-                cost = round(price * (before + units)) - round(price * before)
+                units, capped = self.cap(
+                    mode, reason, index, max([n for n in range(units) if costs[n] <= money] or [0])
+                )
+            cost = costs[units]
             charged.append((units, cost))
             self.used[feature] = before + units
-            for grant in paying:
-                if cost and grant[1]:
-                    taken = min(cost, grant[1])
-                    grant[1], cost = grant[1] - taken, cost - taken
-                    burns.append((index, grant[0], taken))
-            if cost:
-                self.overage += cost
-                burns.append((index, 0, cost))
+            for grant in [*paying, [0, cost]]:  # What the grants do not pay is overage.
+                taken = min(cost, grant[1])
+                grant[1], cost = grant[1] - taken, cost - taken
+                self.overage += taken if grant[0] == 0 else 0
+                burns += [(index, grant[0], taken)] if taken else []
         if capped and not any(units for units, _ in charged):
             raise Denied(capped, 0)
         return Verdict.ALLOW_WITH_CAPS if capped else Verdict.ALLOW, charged, burns
+
+    def cap(self, mode: Mode, reason: Reason, index: int, units: int) -> tuple[int, Reason]:
+        if mode is not Mode.BEST_EFFORT:
+            raise Denied(reason, index)
+        return units, reason

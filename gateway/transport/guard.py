@@ -1,0 +1,95 @@
+"""Keeps grpcio from telling callers what Python says of an error: it would send the exception's class and text."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import grpc
+import structlog
+
+from gateway.transport.asgi_stream import Handler, decoded
+from gateway.transport.frames import BadFrame
+
+_MAKERS: dict[tuple[bool, bool], Callable[..., Handler]] = {  # by request and response streaming
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+_Context = grpc.aio.ServicerContext[Any, Any]
+_Result = TypeVar("_Result")
+_END = object()
+_log = structlog.get_logger(__name__)
+
+
+class GuardedServer:
+    """Registers servicers with a grpc.aio server. What fails unforeseen is UNKNOWN, and counted and logged here."""
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self.failures = 0
+        self._server = server
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
+        guarded = {name: self.guard(handler) for name, handler in handlers.items()}
+        self._server.add_registered_method_handlers(service, guarded)
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        self._server.add_generic_rpc_handlers([_Generic(self, handler) for handler in handlers])
+
+    def guard(self, handler: Handler) -> Handler:
+        """The same method; its requests are decoded where an error can be told as what it is."""
+        behavior: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        streaming = handler.request_streaming
+
+        def decode(message: bytes) -> object:
+            return decoded(handler, message)
+
+        async def begin(request: Any, context: _Context) -> Any:
+            return behavior(request if streaming else decode(request), context)
+
+        async def run(request: Any, context: _Context) -> Any:
+            return await behavior(request if streaming else decode(request), context)
+
+        async def answer(request: Any, context: _Context) -> Any:
+            return await self._guarded(context, run(request, context))
+
+        async def answers(request: Any, context: _Context) -> AsyncIterator[Any]:
+            async with aclosing(await self._guarded(context, begin(request, context))) as found:
+                while (message := await self._guarded(context, anext(found, _END))) is not _END:
+                    yield message
+
+        make = _MAKERS[streaming, handler.response_streaming]
+        wrapped = answers if inspect.isasyncgenfunction(behavior) else answer
+        return make(wrapped, decode if streaming else None, handler.response_serializer)
+
+    async def _guarded(self, context: _Context, work: Awaitable[_Result]) -> _Result:
+        try:
+            return await work
+        except grpc.aio.AbortError:
+            raise
+        except BadFrame as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except Exception:
+            self.failures += 1
+            _log.exception("call failed")
+            await context.abort(grpc.StatusCode.UNKNOWN, "internal error")
+        raise AssertionError("abort returns never")
+
+
+grpc.aio.Server.register(GuardedServer)
+
+
+class _Generic(grpc.GenericRpcHandler):
+    def __init__(self, server: GuardedServer, handlers: grpc.GenericRpcHandler) -> None:
+        self._server = server
+        self._handlers = handlers
+        self._made: dict[str, Handler] = {}
+
+    def service(self, details: grpc.HandlerCallDetails) -> Handler | None:
+        handler = self._made.get(details.method)
+        if handler is None and (found := self._handlers.service(details)) is not None:
+            handler = self._made[details.method] = self._server.guard(found)
+        return handler
