@@ -118,7 +118,8 @@ class CustomerStore:
                    ORDER BY id LIMIT $4""",
                 *(self._tenant, page.customer, page.after[0] if page.after else "", page.size + 1),
             )
-        response = pb.ListContractsResponse(contracts=[pb.Contract.FromString(row["body"]) for row in rows[: page.size]])
+        contracts = [pb.Contract.FromString(row["body"]) for row in rows[: page.size]]
+        response = pb.ListContractsResponse(contracts=contracts)
         if len(rows) > page.size:
             response.next_page_token = page_token(response.contracts[-1].id)
         return response

@@ -7,8 +7,9 @@ pending first.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Final, Self, cast
 
 import msgspec
@@ -22,7 +23,7 @@ from entitlement.errors import Unavailable
 from entitlement.journal import FIELD
 from ledger_sync.posting import Arrival
 
-TIMEOUT_S: Final = 10.0  # longer than any read blocks
+TIMEOUT_S: Final = 10.0  # of one exchange; longer than any read blocks
 FETCH: Final = 512  # entries in one reply, about: reading shall not hold up decisions
 MAX_COUNT: Final = 256  # entries of one stream in one reply
 CLAIM: Final = 1_000
@@ -56,7 +57,13 @@ class JournalReader:
     def connect(cls, url: str, partitions: Sequence[int], consumer: str) -> Self:
         """Connects when first used."""
         client: Redis = Redis.from_url(
-            url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, retry=Retry(NoBackoff(), 0), protocol=2
+            url,
+            # No socket_timeout: on Python 3.11 its asyncio.wait_for may swallow a cancellation (cpython gh-86296).
+            # Every exchange has a deadline all the same.
+            socket_timeout=None,
+            socket_connect_timeout=TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+            protocol=2,
         )
         return cls(client, partitions, consumer)
 
@@ -68,7 +75,7 @@ class JournalReader:
 
         The caller holds the lease: no other member is at work.
         """
-        with _translated():
+        async with _translated():
             async with self._client.pipeline(transaction=False) as pipeline:
                 for stream in self._streams:
                     pipeline.xgroup_create(stream, keys.GROUP, id="0", mkstream=True)
@@ -76,15 +83,16 @@ class JournalReader:
             for reply in replies:
                 if isinstance(reply, Exception) and "BUSYGROUP" not in str(reply):
                     raise reply
-            for stream in self._streams:
-                await self._take_over(stream)
+        for stream in self._streams:
+            await self._take_over(stream)
 
     async def _take_over(self, stream: str) -> None:
         start: str | bytes = "0-0"
         while True:
-            reply = await self._command(
-                *("XAUTOCLAIM", stream, keys.GROUP, self._consumer, 0, start, "COUNT", CLAIM, "JUSTID")
-            )
+            async with _translated():
+                reply = await self._command(
+                    *("XAUTOCLAIM", stream, keys.GROUP, self._consumer, 0, start, "COUNT", CLAIM, "JUSTID")
+                )
             start = cast("list[bytes]", reply)[0]
             if start == b"0-0":
                 return
@@ -93,7 +101,7 @@ class JournalReader:
         """What was read and not acknowledged, from the beginning of each stream."""
         positions = dict.fromkeys(self._streams, b"0")
         while positions:
-            with _translated():
+            async with _translated():
                 entries = await self._read(positions, MAX_COUNT)
             if entries:
                 yield entries
@@ -106,7 +114,7 @@ class JournalReader:
         """
         count = self._count
         try:
-            with _translated():
+            async with _translated():
                 entries = await self._read(dict.fromkeys(self._streams, b">"), count, block_ms)
         except Unavailable as error:
             if "NOGROUP" not in str(error):
@@ -138,7 +146,7 @@ class JournalReader:
 
         A trim goes by whole blocks of the stream and leaves the last entry, so it is bounded by what was acknowledged.
         """
-        with _translated():
+        async with _translated():
             await self._acknowledge(settled)
 
     async def _acknowledge(self, settled: Mapping[str, Sequence[bytes]]) -> None:
@@ -161,7 +169,7 @@ class JournalReader:
 
     async def _positions(self, streams: Sequence[str]) -> list[_Position | None]:
         """None: the stream does not exist."""
-        with _translated():
+        async with _translated():
             async with self._client.pipeline(transaction=True) as pipeline:
                 for stream in streams:
                     pipeline.xinfo_stream(stream)
@@ -186,10 +194,13 @@ class _Position(msgspec.Struct, frozen=True):
         return self.delivered >= stream_id and (self.pending is None or self.pending > stream_id)
 
 
-@contextmanager
-def _translated() -> Iterator[None]:
+@asynccontextmanager
+async def _translated() -> AsyncIterator[None]:
     try:
-        yield
+        async with asyncio.timeout(TIMEOUT_S):
+            yield
+    except TimeoutError:
+        raise Unavailable(f"hot store: no answer within {TIMEOUT_S} s") from None
     except (RedisError, OSError) as error:
         raise Unavailable(f"hot store: {type(error).__name__}: {error}") from error
 

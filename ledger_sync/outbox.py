@@ -33,10 +33,11 @@ _PLAN: Final = "SET LOCAL enable_seqscan = off"  # The table is small when a pla
 
 _CURSOR: Final = "SELECT txid::text, id FROM outbox_cursor WHERE publisher = $1"
 
+# By the columns, not by the texts that are selected: as a text '1000' comes before '999'.
 _NEXT: Final = """
 SELECT txid::text, id, event_id, tenant, type, customer, body FROM outbox
 WHERE (txid, id) > ($1::text::xid8, $2::bigint) AND txid < pg_snapshot_xmin(pg_current_snapshot())
-ORDER BY txid, id LIMIT $3"""
+ORDER BY outbox.txid, outbox.id LIMIT $3"""
 
 _DELETE: Final = """
 DELETE FROM outbox

@@ -47,8 +47,8 @@ class Decisions:
             return [await _outcome(answer) for answer in answers]
         finally:
             for answer in answers:
-                if isinstance(answer, asyncio.Future):
-                    answer.cancel()
+                if isinstance(answer, asyncio.Future) and not answer.cancel() and not answer.cancelled():
+                    answer.exception()  # Seen, when the caller has gone.
 
     def _submitted(self, request: Request) -> _Answer:
         key, data = encoded(request, self._options)

@@ -49,7 +49,7 @@ class PermissionDenied(EntitlementCallError):
 
 
 class Overloaded(EntitlementCallError):
-    """Too many calls are in flight, here or in the gateway, and none of the retries found room. Nothing was charged."""
+    """Too many calls are in flight: here (then nothing was sent), or in the gateway through all retries."""
 
 
 class Unavailable(EntitlementCallError):

@@ -183,8 +183,8 @@ class Lane:
         try:
             responses = await self._decider.decide([call.request for call in batch], timeout_s)
         except EntitlementCallError as problem:
-            if problem.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-                self._batch = max(1, len(batch) // 2)
+            if problem.code is grpc.StatusCode.RESOURCE_EXHAUSTED and len(batch) > 1:
+                self._batch = len(batch) // 2  # It may have room for fewer.
             self._refused([(call, problem) for call in batch])
         else:
             self._batch = min(self._max_batch, self._batch + 1)

@@ -142,9 +142,10 @@ class SyncClient:
 
     def check_and_consume_many(self, requests: Iterable[Request]) -> list[Decision | EntitlementCallError]:
         """See Client.check_and_consume_many."""
+        taken = tuple(requests)  # On the caller's thread: it may be the caller's code.
         with self._lock:
             running = self._started()
-            result = asyncio.run_coroutine_threadsafe(running.decisions.decide_many(requests), running.loop)
+            result = asyncio.run_coroutine_threadsafe(running.decisions.decide_many(taken), running.loop)
         try:
             return result.result()
         except CancelledError:

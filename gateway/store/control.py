@@ -18,6 +18,7 @@ from gateway.store.protocol import HotStore
 CATALOG_POLL_S = 0.25  # a price change reaches running traffic within this and a round trip
 ASK_AGAIN_S = 0.25
 BACKOFF_MOST_S = 1.0
+CANCEL_AGAIN_S = 0.05
 _log = structlog.get_logger(__name__)
 
 
@@ -43,6 +44,7 @@ class Control:
         self._waiting: dict[tuple[str, str], asyncio.Event] = {}
         self._flights: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._stopped = False
         self.current = asyncio.Event()  # a catalogue has been read
 
     async def start(self) -> None:
@@ -50,10 +52,13 @@ class Control:
             self._tasks = [asyncio.create_task(self._watch_catalog()), asyncio.create_task(self._listen())]
 
     async def stop(self) -> None:
-        tasks, self._tasks = self._tasks + list(self._flights.values()), []
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # On Python 3.11 wait_for, which redis-py uses, may swallow a cancellation (cpython gh-86296): the flag does not.
+        self._stopped = True
+        tasks, self._tasks = {*self._tasks, *self._flights.values()}, []
+        while tasks:  # Again until it is heard: on Python 3.11 asyncio.wait_for, which the client uses, may swallow it.
+            for task in tasks:
+                task.cancel()
+            _, tasks = await asyncio.wait(tasks, timeout=CANCEL_AGAIN_S)
         await self._redis.aclose()
 
     async def refresh(self) -> None:
@@ -102,7 +107,7 @@ class Control:
             self._waiting.pop(account, None)
 
     async def _watch_catalog(self) -> None:
-        while True:
+        while not self._stopped:
             try:
                 await self.refresh()
                 pause = CATALOG_POLL_S
@@ -124,11 +129,11 @@ class Control:
         self.current.set()
 
     async def _listen(self) -> None:
-        while True:
+        while not self._stopped:
             try:
                 async with self._redis.pubsub(ignore_subscribe_messages=True) as news:
                     await news.subscribe(keys.LOADED_CHANNEL)
-                    while True:
+                    while not self._stopped:
                         message = await news.get_message(timeout=1.0)
                         if message is not None:
                             self._arrived(bytes(message["data"]))

@@ -118,6 +118,8 @@ def _parsed(path: str, body: bytes) -> Message:
     except KeyError:
         raise _Refused("UNIMPLEMENTED", f"{path[:200]} has no JSON form", 404) from None
     request: Message = message_factory.GetMessageClass(method.input_type)()
+    if body and body.lstrip()[:1] != b"{":  # An empty list would pass for an empty message.
+        raise _Refused("INVALID_ARGUMENT", "body: expected a JSON object")
     try:
         return json_format.Parse(body or b"{}", request)
     except (json_format.ParseError, UnicodeDecodeError, RecursionError) as error:

@@ -96,6 +96,8 @@ async def converse(handler: Handler, context: Context) -> bytes:
         request = await anext(context.messages, None)
         if request is None:
             raise BadFrame("the body holds no message")
+        if await anext(context.messages, None) is not None:
+            raise BadFrame("the body holds more than one message")
     if not handler.response_streaming:
         assert handler.stream_unary is not None
         await context.write(await handler.stream_unary(request, context))  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Measurements of the whole product with real processes: `python -m benchmarks --help`."""
