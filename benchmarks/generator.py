@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 
 from benchmarks.histogram import Histogram
+from benchmarks.processes import pin
 
 SOURCE: Final = Path(__file__).with_name("loadgen")
 CACHE: Final = Path(__file__).with_name(".cache")
@@ -112,10 +113,15 @@ class Generator:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=os.environ | {"GOMAXPROCS": "2", "GOGC": "400"},
-            preexec_fn=self._place if self._cores else None,
         )
+
+        def placed(pid: int) -> None:
+            if self._cores:
+                pin(pid, self._cores)
+            begin(pid)
+
         try:
-            answer = _converse(process, {"begin": begin, "end": end}, deadline)
+            answer = _converse(process, {"begin": placed, "end": end}, deadline)
             if process.wait(10) == 0 and answer:
                 return msgspec.json.decode(answer, type=Outcome)
             assert process.stderr
@@ -129,9 +135,6 @@ class Generator:
             for pipe in (process.stdin, process.stdout, process.stderr):
                 if pipe:
                     pipe.close()
-
-    def _place(self) -> None:
-        os.sched_setaffinity(0, self._cores)
 
 
 def _converse(process: subprocess.Popen[bytes], words: Mapping[str, Callable[[int], None]], deadline: float) -> bytes:

@@ -93,9 +93,9 @@ class Admission:
                 case NotLoaded():
                     await self._loader.load(request.tenant, request.customer)
                 case Stale():
-                    self._catalog.learn(request, outcome)
                     if not self._catalog.knows(outcome.plan):
-                        await self._loader.refresh()
+                        await self._loader.refresh()  # Before it is learned: else others would find no price meanwhile.
+                    self._catalog.learn(request, outcome)
                 case Mismatch() | OutOfTime() | OutOfRange():
                     raise _refusal(request, outcome)
             outcome = await self._store.consume(request, self._catalog.price(request))

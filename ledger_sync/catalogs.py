@@ -9,32 +9,19 @@ import msgspec
 
 from entitlement.catalog import Catalogs, Feature, Kind, RateCard, Snapshot
 from entitlement.errors import InvalidArgument
-from entitlement.identity import check_id, check_name
-from entitlement.quantity import MAX_PER, MAX_PRICE, within
-from entitlement.rating import Model, Rate
+from entitlement.identity import check_id
+from entitlement.rating import Rate
 from entitlement.v1 import ledger_pb2 as pb
 from ledger_sync import changes
+from ledger_sync.catalog_messages import card_message, checked_feature, checked_rates, feature_message
 from ledger_sync.refusals import FailedPrecondition
-from ledger_sync.translate import (
-    Page,
-    check_dimensions,
-    check_known,
-    check_text,
-    page_token,
-    to_ms,
-    to_timestamp,
-    unsupported,
-)
+from ledger_sync.translate import Page, page_token, to_ms
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Connection, Ledger, Row
 
 MAX_FEATURES: Final = 1_000  # of a tenant: the catalogue is one value in the hot store
-MAX_RATES: Final = 1_000  # of a rate card
 MAX_VERSIONS: Final = 1_000  # of a rate card
-MAX_VALUE_BYTES: Final = 1_024  # of a STATIC feature
-
-_MODELS = (pb.Rate.MODEL_UNSPECIFIED, pb.Rate.PER_UNIT, pb.Rate.GRADUATED, pb.Rate.VOLUME, pb.Rate.PACKAGE)
 
 
 class CatalogStore:
@@ -53,7 +40,7 @@ class CatalogStore:
                 "SELECT * FROM features WHERE tenant = $1 AND key = $2", self._tenant, feature.key
             )
             if row and _feature(row) == feature:
-                return _feature_message(feature)
+                return feature_message(feature)
             await self._check_feature_fits(connection, feature, row)
             await connection.execute(
                 """INSERT INTO features (tenant, key, kind, unit, shadow, value) VALUES ($1, $2, $3, $4, $5, $6)
@@ -63,7 +50,7 @@ class CatalogStore:
             await _changed(connection, self._tenant)
             detail = f"unit={feature.unit!r} shadow={feature.shadow}"
             await changes.audit(connection, self._tenant, actor, "PutFeature", feature.key, detail)
-        return _feature_message(feature)
+        return feature_message(feature)
 
     async def _check_feature_fits(self, connection: Connection, feature: Feature, row: Row | None) -> None:
         if row and row["kind"] != feature.kind:
@@ -79,7 +66,7 @@ class CatalogStore:
                 "SELECT * FROM features WHERE tenant = $1 AND key > $2 ORDER BY key LIMIT $3",
                 *(self._tenant, page.after[0] if page.after else "", page.size + 1),
             )
-        response = pb.ListFeaturesResponse(features=[_feature_message(_feature(row)) for row in rows[: page.size]])
+        response = pb.ListFeaturesResponse(features=[feature_message(_feature(row)) for row in rows[: page.size]])
         if len(rows) > page.size:
             response.next_page_token = page_token(response.features[-1].key)
         return response
@@ -104,7 +91,7 @@ class CatalogStore:
             await _refuse_unmetered(connection, self._tenant, rates)
             versions = await _versions(connection, self._tenant, message.id)
             if same := _same(versions, rates, message.credit_type, effective_ms):
-                return _card_message(same)
+                return card_message(same)
             card = await self._next(connection, versions, message, rates, effective_ms)
             await connection.execute(
                 """INSERT INTO rate_cards (tenant, id, version, effective_ms, credit_type, rates)
@@ -115,7 +102,7 @@ class CatalogStore:
             await _changed(connection, self._tenant)
             detail = f"version={card.version} effective_ms={card.effective_ms} rates={len(rates)}"
             await changes.audit(connection, self._tenant, actor, "PutRateCard", card.id, detail)
-        return _card_message(card)
+        return card_message(card)
 
     async def _next(
         self,
@@ -145,7 +132,7 @@ class CatalogStore:
                    WHERE tenant = $1 AND (id, version) > ($2, $3) ORDER BY id, version LIMIT $4""",
                 *(self._tenant, *after, page.size + 1),
             )
-        response = pb.ListRateCardsResponse(rate_cards=[_card_message(_card(row)) for row in rows[: page.size]])
+        response = pb.ListRateCardsResponse(rate_cards=[card_message(_card(row)) for row in rows[: page.size]])
         if len(rows) > page.size:
             last = rows[page.size - 1]
             response.next_page_token = page_token(last["id"], last["version"])
@@ -168,52 +155,6 @@ class CatalogStore:
             )
         snapshot = Snapshot(self._tenant, generation, tuple(map(_feature, features)), tuple(map(_card, cards)))
         return Catalogs(generation, (snapshot,))
-
-
-def checked_feature(message: pb.Feature) -> Feature:
-    """The feature in a message; kind METERED when left out."""
-    check_name("key", message.key)
-    kind = Kind(check_known("kind", message.kind or int(Kind.METERED), tuple(map(int, Kind))))
-    check_text("unit", message.unit, 64)
-    check_text("value", message.value, MAX_VALUE_BYTES)
-    if message.value and kind is not Kind.STATIC:
-        raise InvalidArgument("value", f"is what a STATIC feature hands out; this one is {kind.name}")
-    return Feature(message.key, kind, message.unit, message.shadow, message.value)
-
-
-def checked_rates(card: pb.RateCard) -> tuple[Rate, ...]:
-    """The card's rates, in the order given."""
-    if not 1 <= len(card.rates) <= MAX_RATES:
-        raise InvalidArgument("rates", f"has {len(card.rates)} rates; expected 1..{MAX_RATES}")
-    rates = tuple(_checked_rate(f"rates[{index}]", rate) for index, rate in enumerate(card.rates))
-    seen: dict[str, int] = {}
-    for index, rate in enumerate(rates):
-        if (first := seen.setdefault(rate.meter, index)) != index:
-            raise InvalidArgument(
-                f"rates[{index}]", f"has the feature and match of rates[{first}]: one rate would never win"
-            )
-    return rates
-
-
-def _checked_rate(field: str, rate: pb.Rate) -> Rate:
-    check_name(f"{field}.feature", rate.feature)
-    if check_known(f"{field}.model", rate.model, _MODELS) > pb.Rate.PER_UNIT:
-        raise unsupported(f"{field}.model", pb.Rate.Model.Name(rate.model))
-    if len(rate.tiers) != 1:
-        raise InvalidArgument(f"{field}.tiers", f"has {len(rate.tiers)} tiers; PER_UNIT expects 1")
-    tier = rate.tiers[0]
-    if tier.up_to:
-        raise InvalidArgument(
-            f"{field}.tiers[0].up_to", f"{tier.up_to} has no meaning in PER_UNIT; expected 0 (no end)"
-        )
-    if tier.flat_nanos:
-        raise unsupported(f"{field}.tiers[0].flat_nanos", "a flat price")
-    return Rate(
-        feature=rate.feature,
-        price_nanos=within(f"{field}.tiers[0].price_nanos", tier.price_nanos, 0, MAX_PRICE),
-        per=within(f"{field}.per", rate.per or 1, 1, MAX_PER),
-        match=check_dimensions(f"{field}.match", dict(rate.match)),
-    )
 
 
 def _same(versions: list[RateCard], rates: tuple[Rate, ...], credit: str, effective_ms: int | None) -> RateCard | None:
@@ -265,32 +206,3 @@ def _feature(row: Row) -> Feature:
 def _card(row: Row) -> RateCard:
     rates = msgspec.json.decode(row["rates"], type=tuple[Rate, ...])
     return RateCard(row["id"], row["version"], row["effective_ms"], row["credit_type"], rates)
-
-
-def _feature_message(feature: Feature) -> pb.Feature:
-    return pb.Feature(
-        key=feature.key,
-        kind=int(feature.kind),  # type: ignore[arg-type]
-        unit=feature.unit,
-        shadow=feature.shadow,
-        value=feature.value,
-    )
-
-
-def _card_message(card: RateCard) -> pb.RateCard:
-    message = pb.RateCard(
-        id=card.id,
-        version=str(card.version),
-        effective_at=to_timestamp(card.effective_ms),
-        credit_type=card.credit_type,
-    )
-    for rate in card.rates:
-        assert rate.model is Model.PER_UNIT
-        message.rates.add(
-            feature=rate.feature,
-            match=dict(rate.match),
-            model=pb.Rate.PER_UNIT,
-            per=rate.per,
-            tiers=[pb.Tier(price_nanos=rate.price_nanos)],
-        )
-    return message

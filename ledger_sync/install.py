@@ -17,8 +17,8 @@ import structlog
 
 from entitlement.account import Account
 from entitlement.errors import EntitlementError, Unavailable
-from ledger_sync.accounts import prepare
 from ledger_sync.hot_store import HotStore, Name
+from ledger_sync.install_state import prepare
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Ledger

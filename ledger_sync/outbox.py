@@ -18,7 +18,7 @@ import structlog
 
 from ledger_sync.publisher import Outgoing, Publisher, PublishFailed
 from ledger_sync.telemetry import Figures
-from ledger_sync.worker import uninterrupted
+from ledger_sync.worker import cancelled, uninterrupted
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Connection, Ledger
@@ -87,7 +87,7 @@ class Outbox:
         async with self._ledger.lease(LEASE) as lease:
             await self._publisher.start()
             try:
-                while True:
+                while not cancelled():
                     lease.check()
                     self._committed.clear()
                     if await self.publish() < self._batch:
@@ -129,6 +129,8 @@ class Outbox:
                 await self._publisher.publish(events)
                 return
             except PublishFailed as failed:
+                if cancelled():
+                    raise
                 self._figures.publish_failures.inc()
                 log.warning("publish_failed", target=failed.target, reason=failed.reason, retry_s=round(pause_s, 1))
             await asyncio.sleep(pause_s * (0.5 + self._random.random()))

@@ -23,7 +23,7 @@ from ledger_sync.pusher import Pusher
 from ledger_sync.refusals import NotFound
 
 if TYPE_CHECKING:
-    from ledger_sync.ledger import Ledger
+    from ledger_sync.ledger import Connection, Ledger
 
 BATCH: Final = 500  # accounts looked at together
 LOOKS: Final = 3  # times that an account is seen to differ before it is drift
@@ -77,6 +77,7 @@ class Reconciler:
         self._hot = hot
         self._pusher = pusher
         self._tenant = tenant
+        self.wait_s = WAIT_S
 
     async def verify(self, customer: str = "", *, repair: bool = False, actor: str = "unknown") -> Report:
         """The report of what was found; with `repair` it has been healed when this returns, or is on its way: the
@@ -84,7 +85,7 @@ class Reconciler:
         account what they say. NotFound: no such customer.
         """
         report = await self._inside(customer, repair, actor)
-        deadline = monotonic() + WAIT_S
+        deadline = monotonic() + self.wait_s
         after = ""
         while names := await self._accounts(customer, after):
             report.customers += len(names)
@@ -152,7 +153,7 @@ class Reconciler:
         seen = [
             _Seen(name, account, mark.places[name])
             for name, account in zip(names, accounts, strict=True)
-            if account is not None and mark.places[name].epoch
+            if account is not None
         ]
         reached, lag = await self._reach(seen, deadline)
         if not reached:
@@ -182,30 +183,39 @@ class Reconciler:
             await asyncio.sleep(POLL_S)
 
     async def _repair(self, seen: _Seen, found: list[Difference], actor: str) -> None:
+        """By a ledger change. What has lost records, or has grants that no change can name, is built anew."""
         text = "; ".join(f"{item.part} hot {item.hot} ledger {item.ledger}" for item in found)
         name = (self._tenant, seen.customer)
-        if any(item.part == PLACE for item in found):  # Whatever it lost, it is built anew.
-            async with self._ledger.transaction() as connection:
-                await changes.audit(connection, self._tenant, actor, "Rebuild", seen.customer, text)
-            async with asyncio.timeout(REBUILD_S):
-                await rebuild(self._hot, name)
-            return
         change = drift.repair(found, seen.account.period_start)
         async with self._ledger.transaction() as connection:
             account = await changes.lock(connection, *name)
-            version = await hot_deltas.decide(connection, *name, change)
-            await changes.book(
-                connection,
-                changes.Transaction(
-                    tenant=self._tenant,
-                    customer=seen.customer,
-                    kind="adjust",
-                    key=f"repair:{seen.customer}:{version}",
-                    credit_type=account.config.credit_type,
-                    version=version,
-                    entries=(),
-                    note=text[: changes.MAX_DETAIL],
-                ),
-            )
-            await changes.audit(connection, self._tenant, actor, "Repair", seen.customer, text)
-        self._pusher.wake()
+            known = await verify_reads.grants_of(connection, *name)
+            anew = any(item.part == PLACE for item in found) or not known.issuperset(no for no, _ in change.grants)
+            if anew:
+                await changes.audit(connection, self._tenant, actor, "Rebuild", seen.customer, text)
+            else:
+                await self._book(connection, account, change, actor, text)
+        if anew:
+            async with asyncio.timeout(REBUILD_S):
+                await rebuild(self._hot, name)
+        else:
+            self._pusher.wake()
+
+    async def _book(
+        self, connection: Connection, account: changes.Locked, change: hot_deltas.Change, actor: str, text: str
+    ) -> None:
+        """The change, a transaction without entries that stands for it in the history, and an audit line."""
+        customer = account.customer
+        version = await hot_deltas.decide(connection, self._tenant, customer, change)
+        transaction = changes.Transaction(
+            tenant=self._tenant,
+            customer=customer,
+            kind="adjust",
+            key=f"repair:{customer}:{version}",
+            credit_type=account.config.credit_type,
+            version=version,
+            entries=(),
+            note=text[: changes.MAX_DETAIL],
+        )
+        await changes.book(connection, transaction)
+        await changes.audit(connection, self._tenant, actor, "Repair", customer, text)

@@ -69,6 +69,12 @@ async def places(connection: Connection, tenant: str, customers: Sequence[str]) 
     return {row["customer"]: Place(row["epoch"], row["sequence"], row["applied"]) for row in rows}
 
 
+async def grants_of(connection: Connection, tenant: str, customer: str) -> set[int]:
+    """The number of every grant the customer ever had."""
+    rows = await connection.fetch("SELECT no FROM grants WHERE tenant = $1 AND customer = $2", tenant, customer)
+    return {row["no"] for row in rows}
+
+
 async def mark(connection: Connection, tenant: str, customers: Sequence[str]) -> Mark:
     """Taken before hot accounts are read. The order matters: what is booked after the first line is above the mark."""
     last_id: int = await connection.fetchval(_LAST_ID)

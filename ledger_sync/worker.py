@@ -63,6 +63,8 @@ class Worker:
         while True:
             began = self._clock()
             error = await self._run_once(name, loop)
+            if cancelled():
+                raise asyncio.CancelledError
             if self._clock() - began >= STEADY_S:
                 pause_s = FIRST_PAUSE_S
             wait_s = pause_s * (0.5 + self._random.random())
@@ -76,7 +78,8 @@ class Worker:
         health.running = True
         self._figures.healthy.labels(name).set(1)
         try:
-            await loop.run()
+            # In a task of its own: a TaskGroup that failed leaves its task marked as cancelled on Python 3.11.
+            await asyncio.create_task(loop.run())
             error = "it returned"
         except Exception as failure:
             error = describe(failure)
@@ -103,6 +106,14 @@ def describe(error: BaseException) -> str:
     if isinstance(error, BaseExceptionGroup):
         return "; ".join(dict.fromkeys(describe(part) for part in error.exceptions))
     return f"{type(error).__name__}: {error}"
+
+
+def cancelled() -> bool:
+    """Whether this task shall end. On Python 3.11 asyncio.wait_for may swallow a cancellation (cpython gh-86296), and
+    client libraries use it: a loop that calls them looks here.
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def uninterrupted(work: Coroutine[object, object, None]) -> None:

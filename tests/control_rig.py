@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from itertools import count
 from time import monotonic
@@ -176,7 +176,7 @@ async def rig(valkey_url: str, dsn: str, partitions: int = PARTITIONS) -> AsyncI
         await ledger.close()
 
 
-async def refusal(call: grpc.aio.UnaryUnaryCall[object, object]) -> tuple[grpc.StatusCode, str]:
+async def refusal(call: Awaitable[object]) -> tuple[grpc.StatusCode, str]:
     """The status and text of a call that fails."""
     try:
         await call

@@ -1,4 +1,4 @@
-"""The gateway's own process object, served in the test's loop on a free loopback port, with a real Valkey and no ledger.
+"""The gateway's own process object, served in the test's loop on a free loopback port, with a real Valkey, no ledger.
 
 What ledger_sync would do (a catalogue, accounts, answers to install requests) the test plays itself.
 """

@@ -41,6 +41,8 @@ class ServerProcess:
     is reachable and silent. `stop` ends the child and survives a double stop.
     """
 
+    start_s = DEADLINE_S
+
     def __init__(self, argv: Sequence[str], *, ready: str, cwd: Path | None = None) -> None:
         self._argv, self._ready, self._cwd = list(argv), re.compile(ready), cwd
         self._start()
@@ -60,7 +62,7 @@ class ServerProcess:
         # Reads to the end: a full pipe would block the server.
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        if not self._told.wait(DEADLINE_S) or self._announced is None:
+        if not self._told.wait(self.start_s) or self._announced is None:
             self.kill()
             raise ServerError(f"{self._argv[0]} did not start:\n" + "".join(self._tail))
 

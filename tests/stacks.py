@@ -10,12 +10,14 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import asyncpg
 import grpc
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 from redis.asyncio import Redis
 
 from entitlement import keys
@@ -44,7 +46,9 @@ OUTPUT: Final = Rate("tokens", 15_000_000_000, 999_983, (("token_type", "output"
 ALLOW, DENY = gateway_pb2.VERDICT_ALLOW, gateway_pb2.VERDICT_DENY
 
 Answer = TypeVar("Answer")
-Line = tuple[str, int] | tuple[str, int, Mapping[str, str]]
+Line = tuple[str, int, str]  # feature, quantity, token_type or none
+Entry = tuple[bytes, dict[bytes, bytes]]  # of a stream
+Event = dict[str, Any]  # a CloudEvent, as JSON has it
 Env = Mapping[Name, Mapping[str, str]]
 
 # No proxy of the environment; and a gateway that comes back is noticed at once.
@@ -64,6 +68,12 @@ def environment(transport: str, more: Env | None = None) -> dict[Name, dict[str,
     settings: dict[Name, dict[str, str]] = {name: dict(values) for name, values in (more or {}).items()}
     settings.setdefault("gateway", {})["ENTITLEMENT_GATEWAY_TRANSPORT"] = transport
     return settings
+
+
+def on_sockets(folder: Path, transport: str) -> DevStack:
+    """A stack on Unix sockets: nobody else takes such an address while a process is down."""
+    gateway, admin = f"unix:{folder}/gateway.sock", f"unix:{folder}/admin.sock"
+    return DevStack(folder / "data", gateway=gateway, admin=admin, env=environment(transport))
 
 
 def card(plan: str, *rates: Rate) -> ledger_pb2.RateCard:
@@ -93,11 +103,20 @@ def fresh(what: str) -> str:
     return f"{what}-{uuid.uuid4().hex[:12]}"
 
 
-def consume_request(customer: str, *lines: Line, key: str = "", **more: object) -> gateway_pb2.CheckAndConsumeRequest:
-    """A request for some usage lines, by default one call."""
-    message = gateway_pb2.CheckAndConsumeRequest(idempotency_key=key or fresh("k"), customer=customer, **more)
-    for feature, quantity, *dimensions in lines or [("calls", 1)]:
-        message.usage.add(feature=feature, quantity=quantity, dimensions=dimensions[0] if dimensions else {})
+def consume_request(
+    customer: str,
+    *lines: Line,
+    mode: gateway_pb2.Mode.ValueType = gateway_pb2.MODE_UNSPECIFIED,
+    event_time: Timestamp | None = None,
+) -> gateway_pb2.CheckAndConsumeRequest:
+    """A request for some usage lines, by default one call, with a key of its own."""
+    message = gateway_pb2.CheckAndConsumeRequest(
+        idempotency_key=fresh("k"), customer=customer, mode=mode, event_time=event_time
+    )
+    for feature, quantity, token_type in lines or [("calls", 1, "")]:
+        line = message.usage.add(feature=feature, quantity=quantity)
+        if token_type:
+            line.dimensions["token_type"] = token_type
     return message
 
 
@@ -131,27 +150,26 @@ class Site:
 
     def __init__(self, stack: DevStack, gateway: grpc.aio.Channel, admin: grpc.aio.Channel, hot: Redis) -> None:
         self.stack = stack
-        self.gateway: EntitlementGatewayAsyncStub = EntitlementGatewayStub(gateway)  # type: ignore[assignment]
-        self.admin: LedgerAdminAsyncStub = LedgerAdminStub(admin)  # type: ignore[assignment]
+        self.gateway: EntitlementGatewayAsyncStub = EntitlementGatewayStub(gateway)
+        self.admin: LedgerAdminAsyncStub = LedgerAdminStub(admin)
         self.hot = hot
         self._since = b"0"  # where the stream of events stood when the test began
 
     async def begin(self) -> None:
         if await self.hot.exists(STREAM):
-            self._since = (await self.hot.xinfo_stream(STREAM))["last-generated-id"]
+            self._since = cast("dict[str, bytes]", await self.hot.xinfo_stream(STREAM))["last-generated-id"]
 
     async def customer(
-        self, *grants: int | ledger_pb2.Grant, partition: int | None = None, **contract: object
+        self, *grants: int | ledger_pb2.Grant, partition: int | None = None, contract: ledger_pb2.Contract | None = None
     ) -> str:
-        """A new customer on the plan, prepaid unless told otherwise, with a grant for each amount."""
+        """A new customer with a grant for each amount, and a contract: on the plan and prepaid unless it says more."""
         customer = fresh("cust")
         while partition is not None and keys.partition_of(TENANT, customer) != partition:
             customer = fresh("cust")
-        settings = {"rate_card": PLAN, "billing": ledger_pb2.Contract.PREPAID} | contract
+        message = ledger_pb2.Contract(id=f"{customer}-c", customer=customer, rate_card=PLAN)
+        message.MergeFrom(contract or ledger_pb2.Contract(billing=ledger_pb2.Contract.PREPAID))
         await self.admin.PutCustomer(ledger_pb2.Customer(id=customer), timeout=DEADLINE_S)
-        await self.admin.PutContract(
-            ledger_pb2.Contract(id=f"{customer}-c", customer=customer, **settings), timeout=DEADLINE_S
-        )
+        await self.admin.PutContract(message, timeout=DEADLINE_S)
         for number, grant in enumerate(grants, 1):
             await self.grant(customer, grant, f"{customer}-g{number}")
         return customer
@@ -164,10 +182,8 @@ class Site:
     async def ask(self, request: gateway_pb2.CheckAndConsumeRequest) -> gateway_pb2.CheckAndConsumeResponse:
         return await self.gateway.CheckAndConsume(request, timeout=DEADLINE_S)
 
-    async def consume(
-        self, customer: str, *lines: Line, key: str = "", **more: object
-    ) -> gateway_pb2.CheckAndConsumeResponse:
-        return await self.ask(consume_request(customer, *lines, key=key, **more))
+    async def consume(self, customer: str, *lines: Line) -> gateway_pb2.CheckAndConsumeResponse:
+        return await self.ask(consume_request(customer, *lines))
 
     async def balance(self, customer: str, at_least_sequence: int = 0) -> gateway_pb2.Balance:
         request = gateway_pb2.GetBalanceRequest(customer=customer, at_least_sequence=at_least_sequence)
@@ -228,10 +244,13 @@ class Site:
         assert not [t for t in found if sum(entry.amount_nanos for entry in t.entries)]
         return [transaction for transaction in found if not kinds or transaction.kind in kinds]
 
-    async def events(self, *customers: str) -> list[dict[str, object]]:
+    async def events(self, *customers: str) -> list[Event]:
         """What has been published about these customers since the test began, to the default stream."""
-        entries = await self.hot.xrange(STREAM, min=b"(" + self._since)
+        entries = await self.entries(STREAM, b"(" + self._since)
         return [json.loads(fields[b"body"]) for _, fields in entries if fields[b"customer"].decode() in customers]
+
+    async def entries(self, stream: str, since: bytes = b"-") -> list[Entry]:
+        return cast("list[Entry]", await self.hot.xrange(stream, min=since))
 
     async def resolve_quarantine(self) -> list[asyncpg.Record]:
         """Looks at what is in quarantine, as an operator does, and leaves it empty for the next test."""
@@ -240,10 +259,9 @@ class Site:
                RETURNING stream, entry_id, reason, record"""
         )
 
-    async def journal(self, partition: int) -> list[tuple[bytes, bytes]]:
-        """(id, record) of what a partition's stream still holds."""
-        entries = await self.hot.xrange(keys.journal(partition))
-        return [(entry_id, fields[b"r"]) for entry_id, fields in entries if b"r" in fields]
+    async def journal(self, partition: int) -> list[bytes]:
+        """The records that a partition's stream still holds."""
+        return [fields[b"r"] for _, fields in await self.entries(keys.journal(partition)) if b"r" in fields]
 
 
 @asynccontextmanager
@@ -258,9 +276,9 @@ async def site(stack: DevStack) -> AsyncIterator[Site]:
         yield made
 
 
-def types_of(events: Iterable[Mapping[str, object]]) -> list[str]:
+def types_of(events: Iterable[Event]) -> list[str]:
     return [str(event["type"]).removeprefix("entitlement.").removesuffix(".v1") for event in events]
 
 
-def ids_of(events: Iterable[Mapping[str, object]]) -> Sequence[str]:
+def ids_of(events: Iterable[Event]) -> Sequence[str]:
     return [str(event["id"]) for event in events]

@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from random import Random
 from time import monotonic
 from typing import Final
@@ -21,7 +22,7 @@ import msgspec
 from entitlement.v1 import gateway_pb2
 from gateway.client import Client, EntitlementCallError
 from ledger_sync.publisher.redis_stream import STREAM
-from tests.stacks import ALLOW, DEADLINE_S, DENY, Site, amount_of, consume_request, persist
+from tests.stacks import ALLOW, DENY, Site, amount_of, consume_request, persist
 
 CALLERS: Final = 12
 ATTEMPT_S: Final = 5.0
@@ -80,7 +81,7 @@ class Traffic:
     async def _caller(self) -> None:
         while not self._stopping:
             customer = self._random.choice(self._customers)
-            request = consume_request(customer, ("calls", self._random.randint(1, MOST_CALLS)))
+            request = consume_request(customer, ("calls", self._random.randint(1, MOST_CALLS), ""))
             answer = await self._ask(request)
             assert answer.key not in self.answers and answer.customer == customer
             self.answers[answer.key] = answer
@@ -200,7 +201,7 @@ async def audit(at: Site, answers: dict[str, Answer]) -> Audit:
 
 async def _audit_events(at: Site, allowed: dict[str, Answer], found: Audit) -> None:
     bodies: dict[str, bytes] = {}
-    for _, fields in await at.hot.xrange(STREAM):
+    for _, fields in await at.entries(STREAM):
         event = json.loads(fields[b"body"])
         if event["type"] != "entitlement.rated.v1":
             continue
@@ -220,5 +221,5 @@ async def balances_add_up(at: Site, answers: dict[str, Answer]) -> None:
         charged[answer.customer] += answer.amount
     granted = await at.rows("SELECT customer, sum(amount) AS amount FROM grants GROUP BY customer")
     for row in granted:
-        balance = await persist(lambda customer=row["customer"]: at.balance(customer))
+        balance = await persist(partial(at.balance, row["customer"]))
         assert balance.available_nanos == row["amount"] - charged[row["customer"]], row["customer"]

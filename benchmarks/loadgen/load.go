@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/binary"
+	"math"
 	"math/rand"
 	"runtime"
 	"strconv"
@@ -39,8 +40,9 @@ type lane struct {
 	inFlight int // calls; on a stream, requests
 	stopAt   int64
 	last     int64 // when the last answer came
-	stride   int
 	calls    int
+	sampleAt int     // the next call whose answer is kept
+	growth   float64 // of the distance between two such calls: a load of any length gives about as many
 	stream   *stream
 	ring     []pending // of a stream: what is in flight, by key number
 	samples  []sample
@@ -63,7 +65,7 @@ func newLane(spec *Spec, index int) (*lane, error) {
 		l.limit++
 	}
 	if spec.Replays > 0 {
-		l.stride = max(1, l.limit/spec.Batch/spec.Replays)
+		l.growth = math.Pow(1e6, 1/float64(spec.Replays))
 	}
 	conn, err := connect(spec.Target, spec.Path, spec.DeadlineMs, l)
 	l.conn = conn
@@ -77,7 +79,10 @@ func (l *lane) issue(due int64) bool {
 	if l.issued >= l.limit || l.ending {
 		return false
 	}
-	sampled := l.stride > 0 && l.calls%l.stride == 0
+	sampled := l.growth > 0 && l.calls == l.sampleAt
+	if sampled {
+		l.sampleAt = max(l.calls+1, int(float64(l.calls)*l.growth))
+	}
 	l.calls++
 	if l.streamed() {
 		l.issueOnStream(due, sampled)

@@ -210,16 +210,17 @@ class Lane:
     def _refused(self, refused: list[tuple[_Call, EntitlementCallError]]) -> None:
         """What may be tried again waits together; what may not fails. A call's deadline is what ends its attempts."""
         again: list[_Call] = []
+        now = self._timers.time()
         for call, problem in refused:
             if problem.code in RETRIED:
                 call.failures += 1
                 call.problem = problem
                 again.append(call)
             else:
-                self._fail(call, problem)
+                self._fail(call, problem if now < call.deadline else self._overdue(call))
         if again:
             pause_s = self._backoff.pause_s(max(call.failures for call in again))
-            self._timers.call_at(self._timers.time() + pause_s, lambda: self._again(again))
+            self._timers.call_at(now + pause_s, lambda: self._again(again))
 
     def _again(self, calls: list[_Call]) -> None:
         self._waiting.extendleft(reversed(calls))

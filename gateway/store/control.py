@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable
 
+import msgspec
 import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -52,20 +53,21 @@ class Control:
             self._tasks = [asyncio.create_task(self._watch_catalog()), asyncio.create_task(self._listen())]
 
     async def stop(self) -> None:
-        # On Python 3.11 wait_for, which redis-py uses, may swallow a cancellation (cpython gh-86296): the flag does not.
+        # On Python 3.11 wait_for, which redis-py uses, may swallow a cancellation (cpython gh-86296): hence a flag.
         self._stopped = True
         tasks, self._tasks = {*self._tasks, *self._flights.values()}, []
         while tasks:  # Again until it is heard: on Python 3.11 asyncio.wait_for, which the client uses, may swallow it.
             for task in tasks:
                 task.cancel()
-            _, tasks = await asyncio.wait(tasks, timeout=CANCEL_AGAIN_S)
+            ended, tasks = await asyncio.wait(tasks, timeout=CANCEL_AGAIN_S)
+            await asyncio.gather(*ended, return_exceptions=True)
         await self._redis.aclose()
 
     async def refresh(self) -> None:
         async with self._refreshing:
             try:
                 await self._read_catalog()
-            except (RedisError, OSError) as error:
+            except (RedisError, OSError, msgspec.DecodeError) as error:
                 raise Unavailable(f"catalogue: {type(error).__name__}") from None
 
     async def load(self, tenant: str, customer: str) -> None:
@@ -142,7 +144,7 @@ class Control:
                 await asyncio.sleep(BACKOFF_MOST_S * random.random())  # noqa: S311 - jitter
 
     def _arrived(self, data: bytes) -> None:
-        tenant, _, customer = data.decode().partition(" ")
+        tenant, _, customer = data.decode(errors="replace").partition(" ")
         arrived = self._waiting.get((tenant, customer))
         if arrived is not None:
             arrived.set()

@@ -18,6 +18,7 @@ from gateway.transport.asgi_stream import LOOK_EVERY_S, Handler, Inbox, converse
 from gateway.transport.deadlines import Deadlines
 from gateway.transport.frames import PREFIX, BadFrame, Frames, Room, frame, only, parse_timeout
 
+MAX_CALLS = 16_384  # at a time, streams too; beyond it RESOURCE_EXHAUSTED
 MAX_MESSAGE_BYTES = 4_194_304
 MAX_UNFINISHED_BYTES = 67_108_864  # of all requests that have not arrived whole or were not taken by their handlers
 _START: Event = {"type": "http.response.start", "status": 200, "headers": [CONTENT_TYPE], "trailers": True}
@@ -29,7 +30,10 @@ class GrpcApp:
     """Serves calls whose content type is application/grpc. Registration looks like a grpc server's."""
 
     def __init__(
-        self, max_message_bytes: int = MAX_MESSAGE_BYTES, max_unfinished_bytes: int = MAX_UNFINISHED_BYTES
+        self,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        max_unfinished_bytes: int = MAX_UNFINISHED_BYTES,
+        max_calls: int = MAX_CALLS,
     ) -> None:
         self.in_flight = 0
         self.failures = 0  # calls that ended in an error nobody foresaw
@@ -37,6 +41,7 @@ class GrpcApp:
         self._methods: dict[str, Handler] = {}
         self._generic: list[grpc.GenericRpcHandler] = []
         self._limit = max_message_bytes
+        self._max_calls = max_calls
         self._deadlines: Deadlines[Context] | None = None
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
@@ -67,7 +72,10 @@ class GrpcApp:
         problem = self._begin(context, timeout)
         self.in_flight += 1
         try:
-            if handler is None:
+            if self.in_flight > self._max_calls:
+                context.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._max_calls} calls are open, the limit")
+                await context.finish()
+            elif handler is None:
                 context.fail(grpc.StatusCode.UNIMPLEMENTED, f"method {scope['path'][:200]} is not known here")
                 await context.finish()
             elif encoding not in (None, b"identity", b"gzip"):

@@ -15,6 +15,10 @@ MAX_STREAMS = 2_048  # of one connection at a time
 MAX_HEADERS_KB = 16
 BUFFER_BYTES = 1_048_576  # of one connection; beyond it the peer is held back
 STREAM_WINDOW_BYTES = 262_144
+MAX_HEAP_BYTES = 1_073_741_824  # of Envoy with Python in it: well before, streams that hold most of it are reset
+MAX_CONNECTIONS = 16_384
+HEADERS_TIMEOUT = "10s"  # from a request's first byte to its last header
+FLUSH_TIMEOUT = "60s"  # without progress, for an answer whose peer does not read it
 _TYPE = "type.googleapis.com/envoy.extensions"
 
 
@@ -22,6 +26,7 @@ def bootstrap(settings: Settings, folder: Path, app: str) -> Json:
     """The whole configuration, for an ASGI application. `folder` holds the admin socket and must be private."""
     return {
         "admin": {"address": {"pipe": {"path": str(folder / "admin.sock"), "mode": 0o600}}},
+        "overload_manager": _overload(),
         "static_resources": {
             "listeners": [
                 _listener(f"{index}", address, settings, app) for index, address in enumerate(settings.addresses)
@@ -30,8 +35,46 @@ def bootstrap(settings: Settings, folder: Path, app: str) -> Json:
     }
 
 
+def _overload() -> Json:
+    """Peers that do not read what they asked for cannot fill the memory."""
+    heap, monitors = "envoy.resource_monitors.fixed_heap", f"{_TYPE}.resource_monitors"
+    return {
+        "refresh_interval": "0.25s",
+        "buffer_factory_config": {"minimum_account_to_track_power_of_two": 17},
+        "resource_monitors": [
+            {
+                "name": heap,
+                "typed_config": {
+                    "@type": f"{monitors}.fixed_heap.v3.FixedHeapConfig",
+                    "max_heap_size_bytes": MAX_HEAP_BYTES,
+                },
+            },
+            {
+                "name": "envoy.resource_monitors.global_downstream_max_connections",
+                "typed_config": {
+                    "@type": f"{monitors}.downstream_connections.v3.DownstreamConnectionsConfig",
+                    "max_active_downstream_connections": MAX_CONNECTIONS,
+                },
+            },
+        ],
+        "actions": [
+            {
+                "name": "envoy.overload_actions.reset_high_memory_stream",
+                "triggers": [{"name": heap, "scaled": {"scaling_threshold": 0.6, "saturation_threshold": 0.9}}],
+            },
+            {
+                "name": "envoy.overload_actions.stop_accepting_requests",
+                "triggers": [{"name": heap, "threshold": {"value": 0.95}}],
+            },
+        ],
+    }
+
+
 def _listener(name: str, address: str, settings: Settings, app: str) -> Json:
-    chain: dict[str, Json] = {"filters": [_connection_manager(app)]}
+    chain: dict[str, Json] = {
+        "filters": [_connection_manager(app)],
+        "transport_socket_connect_timeout": HEADERS_TIMEOUT,
+    }
     if address.startswith("unix:"):
         where: Json = {"pipe": {"path": address.removeprefix("unix:"), "mode": 0o660}}
     else:
@@ -58,6 +101,8 @@ def _connection_manager(app: str) -> Json:
             "codec_type": "AUTO",
             "generate_request_id": False,
             "stream_idle_timeout": "0s",
+            "stream_flush_timeout": FLUSH_TIMEOUT,
+            "request_headers_timeout": HEADERS_TIMEOUT,
             "max_request_headers_kb": MAX_HEADERS_KB,
             "common_http_protocol_options": {"idle_timeout": "3600s", "max_headers_count": 100},
             "http2_protocol_options": {

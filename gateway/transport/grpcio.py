@@ -9,6 +9,7 @@ import grpc
 
 from entitlement.errors import InvalidArgument
 from gateway.settings import Settings
+from gateway.transport.asgi import MAX_CALLS
 from gateway.transport.guard import GuardedServer
 
 MAX_STREAMS = 2_048
@@ -21,16 +22,18 @@ class GrpcioTransport:
     def __init__(self, register: Callable[[GuardedServer], object], settings: Settings) -> None:
         self._settings = settings
         self._server = grpc.aio.server(
+            maximum_concurrent_rpcs=MAX_CALLS,
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_concurrent_streams", MAX_STREAMS),
                 ("grpc.max_metadata_size", MAX_METADATA_BYTES),
                 ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),  # Else some of what lies between is refused.
+                ("grpc.per_message_decompression", 0),  # It inflates whatever comes: GuardedServer does it, bounded.
                 ("grpc.http2.bdp_probe", 0),
                 ("grpc.so_reuseport", 0),
-            ]
+            ],
         )
-        self._guarded = GuardedServer(self._server)
+        self._guarded = GuardedServer(self._server, settings.max_message_bytes)
         register(self._guarded)
         self.addresses: tuple[str, ...] = ()
 

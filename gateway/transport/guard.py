@@ -1,4 +1,7 @@
-"""Keeps grpcio from telling callers what Python says of an error: it would send the exception's class and text."""
+"""Stands between grpcio and the servicers.
+
+grpcio would tell callers an exception's class and text, and inflate a compressed message to whatever size.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import grpc
 import structlog
 
 from gateway.transport.asgi_stream import Handler, decoded
-from gateway.transport.frames import BadFrame
+from gateway.transport.frames import BadFrame, unpack
 
 _MAKERS: dict[tuple[bool, bool], Callable[..., Handler]] = {  # by request and response streaming
     (False, False): grpc.unary_unary_rpc_method_handler,
@@ -22,15 +25,17 @@ _MAKERS: dict[tuple[bool, bool], Callable[..., Handler]] = {  # by request and r
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Result = TypeVar("_Result")
 _END = object()
+_GZIP = b"\x1f\x8b\x08"  # how gzip begins and no protobuf message can: its wire type is none
 _log = structlog.get_logger(__name__)
 
 
 class GuardedServer:
     """Registers servicers with a grpc.aio server. What fails unforeseen is UNKNOWN, and counted and logged here."""
 
-    def __init__(self, server: grpc.aio.Server) -> None:
+    def __init__(self, server: grpc.aio.Server, max_message_bytes: int) -> None:
         self.failures = 0
         self._server = server
+        self._limit = max_message_bytes
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
         guarded = {name: self.guard(handler) for name, handler in handlers.items()}
@@ -45,6 +50,8 @@ class GuardedServer:
         streaming = handler.request_streaming
 
         def decode(message: bytes) -> object:
+            if message.startswith(_GZIP):
+                message = unpack(1, message, self._limit, gzip=True)
             return decoded(handler, message)
 
         async def begin(request: Any, context: _Context) -> Any:
@@ -71,7 +78,8 @@ class GuardedServer:
         except grpc.aio.AbortError:
             raise
         except BadFrame as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            too_large = grpc.StatusCode.RESOURCE_EXHAUSTED
+            await context.abort(too_large if error.oversized else grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except Exception:
             self.failures += 1
             _log.exception("call failed")

@@ -14,6 +14,7 @@ from ledger_sync.ledger import Connection, Ledger
 from ledger_sync.outbox import Outbox
 from ledger_sync.publisher import Outgoing, PublishFailed
 from ledger_sync.telemetry import Figures
+from ledger_sync.worker import Worker
 
 DEADLINE_S = 10.0
 
@@ -188,6 +189,33 @@ async def test_a_publisher_that_ends_before_the_mark_publishes_the_same_again(le
     await outbox_of(ledger, publisher).publish()
     assert publisher.ids == ["a", "b", "a", "b"]
     assert publisher.accepted[:2] == publisher.accepted[2:]
+
+
+class Swallowing(Recorder):
+    """Its client library swallows a cancellation, as asyncio.wait_for may on Python 3.11."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.busy = asyncio.Event()
+
+    async def publish(self, events: Sequence[Outgoing]) -> None:
+        self.busy.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+
+async def test_it_stops_even_when_a_publisher_swallows_the_cancellation(ledger: Ledger) -> None:
+    publisher = Swallowing()
+    await commit(ledger, "a")
+    outbox = outbox_of(ledger, publisher)
+    worker = Worker({"outbox": outbox}, figures=Figures(CollectorRegistry()), random=Random(1))
+    task = asyncio.create_task(worker.run())
+    async with asyncio.timeout(DEADLINE_S):
+        await publisher.busy.wait()
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+    assert publisher.started == 0
 
 
 class Unmarked:

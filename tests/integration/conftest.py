@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from gateway.cli.stack import DevStack
-from tests.stacks import TRANSPORTS, Site, environment, put_catalogue, site
+from tests.stacks import TRANSPORTS, Site, environment, on_sockets, put_catalogue, site
+
+Folders = Callable[[], Path]
 
 
 @pytest.fixture(scope="module", params=TRANSPORTS)
@@ -19,9 +22,28 @@ def transport(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def stack(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevStack]:
+def folders(request: pytest.FixtureRequest) -> Iterator[Folders]:
+    """Makes folders with short paths, beside pytest's own: it closes its folder to PostgreSQL's user whenever another
+    run of it begins. They go away in the end, unless a test has failed: their logs say more.
+    """
+    failed, made = request.session.testsfailed, []
+
+    def make() -> Path:
+        made.append(Path(tempfile.mkdtemp(prefix="stack-")))
+        return made[-1]
+
+    yield make
+    for folder in made:
+        if request.session.testsfailed > failed:
+            print(f"kept {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def stack(transport: str, folders: Folders) -> Iterator[DevStack]:
     """A stack for a module's tests, with the tests' catalogue, on free loopback ports."""
-    with DevStack(tmp_path_factory.mktemp("stack") / "data", env=environment(transport)) as running:
+    with DevStack(folders() / "data", env=environment(transport)) as running:
         put_catalogue(running)
         yield running
 
@@ -34,16 +56,8 @@ async def at(stack: DevStack) -> AsyncIterator[Site]:
 
 
 @pytest.fixture
-def sockets() -> Iterator[Path]:
-    """A folder whose path is short enough for Unix sockets: nobody else takes such an address while a process is down."""
-    with tempfile.TemporaryDirectory(prefix="sockets-") as folder:
-        yield Path(folder)
-
-
-@pytest.fixture
-def fragile(transport: str, tmp_path: Path, sockets: Path) -> Iterator[DevStack]:
-    """A stack for one test, which may kill its parts: on Unix sockets, with the tests' catalogue."""
-    addresses = {"gateway": f"unix:{sockets}/gateway.sock", "admin": f"unix:{sockets}/admin.sock"}
-    with DevStack(tmp_path / "data", env=environment(transport), **addresses) as running:
+def fragile(transport: str, folders: Folders) -> Iterator[DevStack]:
+    """A stack for one test, which may end its parts, with the tests' catalogue."""
+    with on_sockets(folders(), transport) as running:
         put_catalogue(running)
         yield running

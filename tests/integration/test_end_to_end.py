@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from time import monotonic
@@ -32,6 +32,7 @@ from tests.stacks import (
     OUTPUT,
     PLAN,
     TENANT,
+    Event,
     Site,
     amount_of,
     card,
@@ -55,7 +56,7 @@ GONE = gateway_pb2.REASON_INSUFFICIENT_CREDITS
 async def test_a_request_goes_all_the_way_to_the_ledger_and_out_as_an_event(at: Site) -> None:
     promotion = ledger_pb2.Grant(id=fresh("promo"), amount_nanos=1_000_001, category=ledger_pb2.Grant.PROMOTIONAL)
     customer = await at.customer(promotion, 10**9)
-    lines = (("tokens", 1_234, {"token_type": "input"}), ("tokens", 567, {"token_type": "output"}))
+    lines = (("tokens", 1_234, "input"), ("tokens", 567, "output"))
     request = consume_request(customer, *lines)
     charged = [amount(INPUT, 0, 1_234), amount(OUTPUT, 0, 567)]
     total = sum(charged)
@@ -95,7 +96,7 @@ async def test_a_request_goes_all_the_way_to_the_ledger_and_out_as_an_event(at: 
 async def _is_in_the_journal(
     at: Site, request: gateway_pb2.CheckAndConsumeRequest, answer: gateway_pb2.CheckAndConsumeResponse
 ) -> None:
-    records = [decode(record) for _, record in await at.journal(keys.partition_of(TENANT, request.customer))]
+    records = [decode(record) for record in await at.journal(keys.partition_of(TENANT, request.customer))]
     (record,) = [one for one in records if isinstance(one, Consumed) and one.customer == request.customer]
     assert (record.epoch, record.sequence) == (answer.epoch, answer.sequence)
     assert gateway_pb2.CheckAndConsumeRequest.FromString(record.request) == request
@@ -103,7 +104,7 @@ async def _is_in_the_journal(
 
 
 def _is_the_rated_event(
-    published: dict[str, object],
+    published: Event,
     request: gateway_pb2.CheckAndConsumeRequest,
     answer: gateway_pb2.CheckAndConsumeResponse,
     booked: ledger_pb2.Transaction,
@@ -136,11 +137,11 @@ def _is_the_rated_event(
 
 async def test_modes_reach_the_ledger_as_they_were_granted(at: Site) -> None:
     customer = await at.customer(price_of(10))
-    looked = await at.consume(customer, ("calls", 4), mode=gateway_pb2.MODE_CHECK_ONLY)
+    looked = await at.ask(consume_request(customer, ("calls", 4, ""), mode=gateway_pb2.MODE_CHECK_ONLY))
     assert looked.verdict == ALLOW and looked.consumed[0].quantity == 4
-    capped = await at.consume(customer, ("calls", 25), key=fresh("best"), mode=gateway_pb2.MODE_BEST_EFFORT)
+    capped = await at.ask(consume_request(customer, ("calls", 25, ""), mode=gateway_pb2.MODE_BEST_EFFORT))
     assert capped.verdict == gateway_pb2.VERDICT_ALLOW_WITH_CAPS and capped.consumed[0].quantity == 10
-    forced = await at.consume(customer, ("calls", 2), key=fresh("adjust"), mode=gateway_pb2.MODE_ADJUST_ONLY)
+    forced = await at.ask(consume_request(customer, ("calls", 2, ""), mode=gateway_pb2.MODE_ADJUST_ONLY))
     assert forced.verdict == ALLOW and forced.balance.available_nanos == -price_of(2)
     await at.verified(customer)
     assert await at.booked(customer) == {
@@ -161,7 +162,7 @@ async def test_a_batch_is_as_many_requests_each_with_its_own_fate(at: Site) -> N
     customer, poor = await at.customer(10**9), await at.customer()
     known = consume_request(customer)
     first = await at.ask(known)
-    requests = [consume_request(customer), consume_request(poor), known, consume_request(customer, ("calls", 0))]
+    requests = [consume_request(customer), consume_request(poor), known, consume_request(customer, ("calls", 0, ""))]
     batch = await at.gateway.CheckAndConsumeBatch(
         gateway_pb2.CheckAndConsumeBatchRequest(requests=requests), timeout=DEADLINE_S
     )
@@ -192,11 +193,11 @@ async def test_a_watcher_sees_the_balance_change(at: Site) -> None:
 
 async def test_64_callers_with_one_key_are_charged_once_and_get_one_answer(at: Site) -> None:
     customer = await at.customer(10**9)
-    request = consume_request(customer, ("calls", 7))
+    request = consume_request(customer, ("calls", 7, ""))
     async with AsyncExitStack() as exits:
         stubs = [
-            EntitlementGatewayStub(await exits.enter_async_context(grpc.aio.insecure_channel(at.stack.gateway, CHANNEL)))
-            for _ in range(8)
+            EntitlementGatewayStub(await exits.enter_async_context(channel))
+            for channel in [grpc.aio.insecure_channel(at.stack.gateway, CHANNEL) for _ in range(8)]
         ]
         calls = [stubs[index % 8].CheckAndConsume(request, timeout=DEADLINE_S) for index in range(64)]
         answers = await asyncio.gather(*calls)
@@ -230,7 +231,8 @@ async def test_of_1000_concurrent_calls_a_balance_for_400_allows_exactly_400(at:
 
 
 async def test_thresholds_that_many_calls_cross_together_are_published_once(at: Site) -> None:
-    customer = await at.customer(price_of(200), thresholds=[ledger_pb2.Threshold(percent=p) for p in (50, 80, 100)])
+    thresholds = [ledger_pb2.Threshold(percent=percent) for percent in (50, 80, 100)]
+    customer = await at.customer(price_of(200), contract=ledger_pb2.Contract(thresholds=thresholds))
     answers = await asyncio.gather(*[at.consume(customer) for _ in range(150)])
     assert {answer.verdict for answer in answers} == {ALLOW}
     await at.verified(customer)
@@ -264,21 +266,22 @@ async def _crossings(at: Site, customer: str) -> list[tuple[str, int, int]]:
 
 async def test_what_was_denied_is_never_in_the_ledger(at: Site) -> None:
     quota = ledger_pb2.QuotaLimit(feature="calls", limit=3, period=ledger_pb2.DAY)
-    limited = await at.customer(10**9, quotas=[quota], entitled_features=["calls"])
-    poor, gate = await at.customer(price_of(1)), await at.customer(billing=ledger_pb2.Contract.ARREARS)
+    few = ledger_pb2.Contract(quotas=[quota], entitled_features=["calls"])
+    limited, poor = await at.customer(10**9, contract=few), await at.customer(price_of(1))
+    gate = await at.customer(contract=ledger_pb2.Contract(billing=ledger_pb2.Contract.ARREARS))
     suspended = await at.customer(10**9)
     await at.admin.PutCustomer(
         ledger_pb2.Customer(id=suspended, status=ledger_pb2.Customer.SUSPENDED), timeout=DEADLINE_S
     )
     wanted = {
-        "REASON_USAGE_LIMIT_REACHED": consume_request(limited, ("calls", 4)),
-        "REASON_NO_ENTITLEMENT": consume_request(limited, ("tokens", 1, {"token_type": "input"})),
-        "REASON_PRICE_UNKNOWN": consume_request(poor, ("tokens", 1, {"token_type": "imagined"})),
-        "REASON_FEATURE_NOT_FOUND": consume_request(poor, ("dreams", 1)),
-        "REASON_INSUFFICIENT_CREDITS": consume_request(poor, ("calls", 1), ("calls", 1)),
-        "REASON_ARREARS_GATE": consume_request(gate, ("calls", 1)),
-        "REASON_CUSTOMER_SUSPENDED": consume_request(suspended, ("calls", 1)),
-        "REASON_CUSTOMER_NOT_FOUND": consume_request(fresh("nobody"), ("calls", 1)),
+        "REASON_USAGE_LIMIT_REACHED": consume_request(limited, ("calls", 4, "")),
+        "REASON_NO_ENTITLEMENT": consume_request(limited, ("tokens", 1, "input")),
+        "REASON_PRICE_UNKNOWN": consume_request(poor, ("tokens", 1, "imagined")),
+        "REASON_FEATURE_NOT_FOUND": consume_request(poor, ("dreams", 1, "")),
+        "REASON_INSUFFICIENT_CREDITS": consume_request(poor, ("calls", 1, ""), ("calls", 1, "")),
+        "REASON_ARREARS_GATE": consume_request(gate, ("calls", 1, "")),
+        "REASON_CUSTOMER_SUSPENDED": consume_request(suspended, ("calls", 1, "")),
+        "REASON_CUSTOMER_NOT_FOUND": consume_request(fresh("nobody"), ("calls", 1, "")),
     }
     answers = {name: await at.ask(request) for name, request in wanted.items()}
     assert {name: gateway_pb2.Reason.Name(answer.reason) for name, answer in answers.items()} == {
@@ -310,12 +313,12 @@ async def test_a_denied_key_is_decided_anew_after_a_top_up(at: Site) -> None:
 
 async def test_usage_that_did_not_pass_the_gateway_is_recorded_once_and_may_overdraw(at: Site) -> None:
     customer = await at.customer(price_of(10))
-    await at.consume(customer, ("calls", 1))
+    await at.consume(customer, ("calls", 1, ""))
     time = Timestamp()
     time.GetCurrentTime()
-    late = consume_request(customer, ("calls", 12), event_time=Timestamp(seconds=time.seconds - 2 * 86_400))
-    ancient = consume_request(customer, ("calls", 1), event_time=Timestamp(seconds=time.seconds - 60 * 86_400))
-    bad = consume_request(customer, ("dreams", 1))
+    late = consume_request(customer, ("calls", 12, ""), event_time=Timestamp(seconds=time.seconds - 2 * 86_400))
+    ancient = consume_request(customer, ("calls", 1, ""), event_time=Timestamp(seconds=time.seconds - 60 * 86_400))
+    bad = consume_request(customer, ("dreams", 1, ""))
     usage = ledger_pb2.RecordUsageRequest(events=[late, bad, ancient, late])
     first = await at.admin.RecordUsage(usage, timeout=2 * DEADLINE_S)
     assert (first.recorded, first.duplicates) == (1, 1)
@@ -341,13 +344,13 @@ async def test_usage_that_did_not_pass_the_gateway_is_recorded_once_and_may_over
 
 async def test_a_voided_grant_is_gone_from_the_balance_and_is_breakage_in_the_ledger(at: Site) -> None:
     customer = await at.customer(price_of(10), price_of(20))
-    await at.consume(customer, ("calls", 4))
+    await at.consume(customer, ("calls", 4, ""))
     voided = await at.admin.VoidGrant(
         ledger_pb2.VoidGrantRequest(id=f"{customer}-g1", reason="test"), timeout=DEADLINE_S
     )
     assert voided.id == f"{customer}-g1"
     await at.balance_when(customer, price_of(20))
-    answer = await at.consume(customer, ("calls", 5))
+    answer = await at.consume(customer, ("calls", 5, ""))
     assert answer.balance.available_nanos == price_of(20) - (cost(CALLS, 9) - cost(CALLS, 4))
     await at.verified(customer)
     (void,) = await at.transactions(customer, "void")
@@ -363,7 +366,7 @@ async def test_a_price_change_is_live_within_a_second_and_without_a_restart(at: 
     plan, old, new = fresh("plan"), Rate("calls", 1_000), Rate("calls", 7_777)
     pid = at.stack.pid("gateway")
     first = (await at.admin.PutRateCard(card(plan, old), timeout=DEADLINE_S)).version
-    customer = await at.customer(10**9, rate_card=plan)
+    customer = await at.customer(10**9, contract=ledger_pb2.Contract(rate_card=plan))
     answers = [await at.consume(customer)]
     second = (await at.admin.PutRateCard(card(plan, new), timeout=DEADLINE_S)).version
     changed, deadline = monotonic(), monotonic() + DEADLINE_S
@@ -376,11 +379,9 @@ async def test_a_price_change_is_live_within_a_second_and_without_a_restart(at: 
     answers += [await at.consume(customer) for _ in range(20)]
     versions = [answer.consumed[0].rate_card_version for answer in answers]
     assert versions == sorted(versions, key=int) and set(versions) == {first, second}
-    used = 0
-    for answer in answers:
+    for used, answer in enumerate(answers):
         rate = old if answer.consumed[0].rate_card_version == first else new
         assert amount_of(answer) == amount(rate, used, 1)
-        used += 1
     assert at.stack.pid("gateway") == pid
     await at.verified(customer)
     assert await at.booked(customer) == {answer.idempotency_key: amount_of(answer) for answer in answers}
@@ -397,11 +398,11 @@ async def _forget(at: Site, customer: str, key: str) -> None:
 
 async def test_a_retry_after_the_hot_window_is_charged_once_and_the_hot_balance_is_repaired(at: Site) -> None:
     customer = await at.customer(price_of(10))
-    request = consume_request(customer, ("calls", 6))
+    request = consume_request(customer, ("calls", 6, ""))
     first = await at.ask(request)
     await at.verified(customer)
     await _forget(at, customer, request.idempotency_key)
-    again = await at.consume(customer, ("calls", 1)), await at.ask(request)
+    again = await at.consume(customer, ("calls", 1, "")), await at.ask(request)
     assert (again[1].verdict, again[1].reason) == (DENY, GONE)  # The hot store has no memory of it, nor enough credit.
     await at.grant(customer, price_of(20))
     await at.balance_when(customer, price_of(23))
@@ -420,7 +421,7 @@ async def test_a_retry_after_the_hot_window_is_charged_once_and_the_hot_balance_
 
 async def test_a_key_that_another_customer_has_used_is_given_back_and_audited(at: Site) -> None:
     one, other = await at.customer(price_of(10)), await at.customer(price_of(10))
-    request = consume_request(one, ("calls", 2))
+    request = consume_request(one, ("calls", 2, ""))
     assert (await at.ask(request)).verdict == ALLOW
     await at.verified(one)
     request.customer = other
@@ -437,7 +438,7 @@ async def test_a_key_that_another_customer_has_used_is_given_back_and_audited(at
 
 async def test_the_same_key_with_another_payload_is_refused_and_charges_nothing(at: Site) -> None:
     customer = await at.customer(10**9)
-    request = consume_request(customer, ("calls", 1))
+    request = consume_request(customer, ("calls", 1, ""))
     await at.ask(request)
     request.usage[0].quantity = 2
     with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -456,7 +457,7 @@ async def test_a_poisoned_journal_does_not_stall_the_rest(at: Site) -> None:
     neighbour = await at.customer(10**9, partition=partition)
     answers = [await at.consume(customer), await at.consume(neighbour)]
     await at.verified(neighbour)
-    (good, *_) = [record for _, record in await at.journal(partition) if neighbour.encode() in record]
+    (good, *_) = [record for record in await at.journal(partition) if neighbour.encode() in record]
     stranger = good.replace(neighbour.encode(), fresh("cust").encode())
     stream = keys.journal(partition)
     poison: list[dict[str, bytes]] = [
@@ -469,7 +470,7 @@ async def test_a_poisoned_journal_does_not_stall_the_rest(at: Site) -> None:
     began = monotonic()
     for index in range(10):
         for fields in poison if index == 5 else ():
-            await at.hot.xadd(stream, fields)
+            await at.hot.xadd(stream, dict(fields.items()))
         answers += [await at.consume(customer), await at.consume(neighbour)]
     await at.verified(customer, quarantined=len(poison))
     await at.verified(neighbour, quarantined=len(poison))
@@ -483,6 +484,30 @@ async def test_a_poisoned_journal_does_not_stall_the_rest(at: Site) -> None:
     assert Counter(record["reason"].partition(":")[0] for record in kept)["undecodable"] >= 3
     (entry,) = await at.hot.xpending_range(stream, keys.GROUP, "-", "+", 1) or (None,)
     assert entry is None, "the poison is still pending"
+
+
+async def test_events_leave_in_commit_order_when_transaction_ids_grow_by_a_digit(at: Site) -> None:
+    customer = await at.customer()
+    await at.verified()
+    await asyncio.to_thread(at.stack.kill, "sync")
+    (row,) = await at.rows("SELECT pg_snapshot_xmax(pg_current_snapshot())::text AS next")
+    last = 10 ** len(row["next"]) - 1
+    await at.rows(
+        f"DO $$ BEGIN FOR i IN {row['next']}..{last - 1} LOOP PERFORM pg_current_xact_id(); COMMIT; END LOOP; END $$"
+    )
+    ids = []
+    for transaction in (last, last + 1):  # More together than one batch of the outbox holds.
+        rows = await at.rows(
+            """INSERT INTO outbox (event_id, tenant, customer, type, body)
+               SELECT $1 || number, $2, $3, 'test', convert_to(json_build_object('id', $1 || number)::text, 'UTF8')
+               FROM generate_series(1, 700) number RETURNING txid::text, event_id""",
+            *(f"{customer}-{transaction}-", TENANT, customer),
+        )
+        assert {row["txid"] for row in rows} == {str(transaction)}
+        ids += [row["event_id"] for row in rows]
+    await asyncio.to_thread(at.stack.restart, "sync")
+    await at.verified()
+    assert ids_of(await at.events(customer)) == ids
 
 
 async def test_the_whole_stack_is_clean_in_the_end(at: Site) -> None:
@@ -499,15 +524,15 @@ async def test_the_whole_stack_is_clean_in_the_end(at: Site) -> None:
 
 
 @pytest.fixture(scope="module")
-def events_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("events") / "events.jsonl"
+def events_file(folders: Callable[[], Path]) -> Path:
+    return folders() / "events.jsonl"
 
 
 @pytest.fixture(scope="module")
-def to_file(transport: str, tmp_path_factory: pytest.TempPathFactory, events_file: Path) -> Iterator[DevStack]:
+def to_file(transport: str, folders: Callable[[], Path], events_file: Path) -> Iterator[DevStack]:
     events_file.unlink(missing_ok=True)
     env = environment(transport, {"sync": {"ENTITLEMENT_SYNC_PUBLISHER": f"file://{events_file}"}})
-    with DevStack(tmp_path_factory.mktemp("to-file") / "data", env=env) as running:
+    with DevStack(folders() / "data", env=env) as running:
         put_catalogue(running)
         yield running
 
@@ -521,10 +546,14 @@ async def test_a_file_gets_every_event_once_and_in_each_customers_order(to_file:
         answers += [await at.consume(customers[index % 3]) for index in range(60)]
         report = await at.verified()
         assert report.events == 120
-        events = [json.loads(line) for line in events_file.read_text().splitlines()]
+        events = [json.loads(line) for line in _lines(events_file)]
         assert Counter(ids_of(events)) == Counter(answer.idempotency_key for answer in answers)
         for customer in customers:
             mine = [ParseDict(e["data"], events_pb2.RatedEvent()) for e in events if e["subject"] == customer]
             assert [event.sequence for event in mine] == list(range(1, 41))
             booked = {event.idempotency_key: sum(line.amount_nanos for line in event.lines) for event in mine}
             assert booked == await at.booked(customer)
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines()

@@ -440,3 +440,15 @@ async def test_a_process_that_is_told_to_stop_finishes_what_it_has_in_hand(
     for partition in range(PARTITIONS):
         pending = await pipe.redis.xpending(keys.journal(partition), keys.GROUP)
         assert pending["pending"] == 0
+
+
+async def test_a_drain_stops_whenever_it_is_told_to(pipe: Pipe, seed: int) -> None:
+    random = Random(seed)
+    for _ in range(60):
+        drain = pipe.drain()
+        task = asyncio.create_task(drain.run())
+        for _ in range(random.randrange(120)):
+            await asyncio.sleep(0)
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=DEADLINE_S)
+        assert done

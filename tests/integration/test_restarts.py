@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from random import Random
 from time import monotonic
@@ -14,7 +15,7 @@ import pytest
 from entitlement.v1 import ledger_pb2
 from gateway.cli.stack import DevStack, Name
 from gateway.client import Client
-from tests.stacks import Site, environment, persist, price_of, put_catalogue, site
+from tests.stacks import Site, on_sockets, persist, price_of, put_catalogue, site
 from tests.traffic import Answer, Traffic, audit, balances_add_up, by_client, by_stub, flowing
 
 KILLS = 10
@@ -36,7 +37,7 @@ async def opened(stack: DevStack) -> AsyncIterator[tuple[Site, list[str]]]:
 
 
 async def proven(at: Site, answers: dict[str, Answer]) -> str:
-    """Every answer is in the ledger once, with its amount; no drift, no gap; every event is out. Says what was found."""
+    """Every answer is in the ledger once, with its amount; no drift, no gap; every event is out. The figures."""
     await at.verified()
     found = await audit(at, answers)
     assert found.clean, found
@@ -112,15 +113,10 @@ async def test_decisions_go_on_while_the_ledger_is_away(fragile: DevStack, seed:
 
 
 async def test_a_stack_that_is_stopped_and_started_again_has_its_balances(
-    transport: str, tmp_path: Path, sockets: Path, seed: int
+    transport: str, folders: Callable[[], Path], seed: int
 ) -> None:
-    random = Random(seed)
-
-    def stack() -> DevStack:
-        addresses = {"gateway": f"unix:{sockets}/gateway.sock", "admin": f"unix:{sockets}/admin.sock"}
-        return DevStack(tmp_path / "data", env=environment(transport), **addresses)
-
-    first, second = stack(), stack()
+    random, folder = Random(seed), folders()
+    first, second = on_sockets(folder, transport), on_sockets(folder, transport)
     try:
         await asyncio.to_thread(first.start)
         await asyncio.to_thread(put_catalogue, first)
@@ -134,7 +130,7 @@ async def test_a_stack_that_is_stopped_and_started_again_has_its_balances(
         await asyncio.to_thread(first.stop)
         await asyncio.to_thread(second.start)
         async with site(second) as at:
-            after = {customer: await persist(lambda customer=customer: at.balance(customer)) for customer in customers}
+            after = {customer: await persist(partial(at.balance, customer)) for customer in customers}
             assert after == before
             async with flowing(more := Traffic(by_stub(at), customers, random)):
                 await more.more(200)

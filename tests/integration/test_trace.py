@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from entitlement.quantity import NANOS
 from entitlement.rating import Rate, cost
 from entitlement.v1 import ledger_pb2
-from gateway.cli.replay import Pace, Tally, replay
+from gateway.cli.replay import Pace, replay
 from gateway.cli.stack import DevStack
 from gateway.cli.trace import FEATURE, MODELS, Mapping, Row, generate, read_trace
 from tests.stacks import DEADLINE_S, Site, card, fresh
@@ -55,8 +56,14 @@ def sums(rows: list[Row], mapping: Mapping) -> Counter[str]:
         tokens[customer, model, "output"] += row.generated_tokens
     nanos = Counter[str]()
     for (customer, model, kind), count in tokens.items():
-        nanos[customer] += cost(RATES[model, kind], count)
+        rate = RATES[model, kind]
+        nanos[customer] += cost(rate, count)
+        assert cost(rate, count) == round(Fraction(count * rate.price_nanos, rate.per))  # half to even
     return nanos
+
+
+def unseen(steps: int = 1) -> None:
+    """Nobody looks at the progress."""
 
 
 async def open_accounts(at: Site, plan: str, customers: list[str]) -> None:
@@ -78,9 +85,7 @@ async def test_the_ledgers_total_is_the_sum_of_the_file_and_the_prices(at: Site,
     expected = sums(rows, mapping)
     await open_accounts(at, fresh("plan"), [f"cust-{rank:04d}" for rank in range(1, CUSTOMERS + 1)])
 
-    tally: Tally = await asyncio.to_thread(
-        replay, stack.gateway, rows, mapping, Pace(concurrency=CONCURRENCY), lambda: None
-    )
+    tally = await asyncio.to_thread(replay, stack.gateway, rows, mapping, Pace(concurrency=CONCURRENCY), unseen)
 
     print(
         f"{tally.rows} rows in {tally.elapsed_s:.1f} s, p50 {tally.percentile_ms(50):.1f} ms,"
@@ -98,8 +103,6 @@ async def test_the_ledgers_total_is_the_sum_of_the_file_and_the_prices(at: Site,
     balances = {customer: (await at.balance(customer)).available_nanos for customer in expected}
     assert balances == {customer: 10_000 * NANOS - nanos for customer, nanos in expected.items()}
 
-    again = await asyncio.to_thread(
-        replay, stack.gateway, rows[:2_000], mapping, Pace(concurrency=CONCURRENCY), lambda: None
-    )
+    again = await asyncio.to_thread(replay, stack.gateway, rows[:2_000], mapping, Pace(concurrency=CONCURRENCY), unseen)
     assert again.replayed == again.allowed == 2_000
     assert (await at.verified()).total_nanos == expected.total()

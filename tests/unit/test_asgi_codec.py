@@ -764,7 +764,7 @@ class TestRealServicers:
         asked = health_pb2.HealthCheckRequest().SerializeToString()
         answer = await bench.call("", asked, path="/grpc.health.v1.Health/Check")
         assert health_pb2.HealthCheckResponse.FromString(answer.messages[0]).status == 1
-        peer = Peer(frame(asked), ended=False)
+        peer = Peer(frame(asked))
         task = bench.begin("", peer, path="/grpc.health.v1.Health/Watch")
         await peer.messages(1)
         await servicer.set("", health_pb2.HealthCheckResponse.NOT_SERVING)

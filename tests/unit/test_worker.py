@@ -61,6 +61,23 @@ async def test_a_loop_that_fails_or_returns_is_started_again() -> None:
     assert loop.stopped == 1
 
 
+class Grouped(Scripted):
+    """Fails in a child task of its own."""
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(super().run())
+            group.create_task(asyncio.Event().wait())
+
+
+async def test_a_loop_that_fails_in_a_task_of_its_own_is_started_again() -> None:
+    loop = Grouped(*[Unavailable("away")] * 3)
+    async with running(it=loop) as worker, asyncio.timeout(DEADLINE_S):
+        await loop.steady.wait()
+        assert worker.health["it"].running and worker.health["it"].restarts == 3
+    assert loop.stopped == 1
+
+
 async def test_a_loop_that_fails_leaves_the_others_alone() -> None:
     bad, good = Scripted(*[Unavailable("away")] * 2), Scripted()
     async with running(bad=bad, good=good), asyncio.timeout(DEADLINE_S):
@@ -73,6 +90,8 @@ async def test_health_shows_a_loop_that_is_down() -> None:
     loop = Scripted(*[Unavailable("away")] * 50)
     async with running(it=loop) as worker, asyncio.timeout(DEADLINE_S):
         await loop.ran.wait()
+        for _ in range(10):  # Turns of the event loop, until its end has been seen.
+            await asyncio.sleep(0)
         assert not worker.health["it"].running
         assert worker.health["it"].error == "Unavailable: away"
 

@@ -1,0 +1,1 @@
+"""What the parts can do alone: a transport without a decision, a script without a gateway, rows without a ledger."""

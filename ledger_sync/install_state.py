@@ -1,0 +1,170 @@
+"""Accounts ready for the hot store: read under their rows' locks, moved on, and what their install books, booked."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from entitlement.account import Account, Config
+from entitlement.periods import DAY, period
+from ledger_sync import changes, hot_deltas
+from ledger_sync.accounts import Corrections, Credit, Ledgered, Name, assemble
+from ledger_sync.changes import Entry, Transaction
+from ledger_sync.contracts import quotas_of
+from ledger_sync.quota_usage import used_now
+
+if TYPE_CHECKING:
+    from ledger_sync.ledger import Connection, Row
+
+ARCHIVE_MS: Final = 36 * DAY  # late events count on the meters of their own period: 35 days back, and a day to spare
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """Accounts to install once the transaction has committed, those that must settle first, those that do not exist."""
+
+    ready: list[tuple[Name, Account]]
+    unsettled: list[Name]
+    missing: list[Name]
+
+
+async def prepare(connection: Connection, names: Sequence[Name], now_ms: int, *, settled: bool) -> Prepared:
+    """Builds accounts under their rows' locks and moves their epoch on. `now_ms` is the hot store's clock.
+
+    An account that was hot before is built only when `settled` says that all of its journal is in the ledger.
+    """
+    found = [Ledgered(row, Config.decode(row["config"])) for row in await _rows(connection, _LOCK, names)]
+    missing = sorted(set(names) - {account.name for account in found})
+    unsettled = [account.name for account in found if account.was_hot and not settled]
+    chosen = {account.name: account for account in found if settled or not account.was_hot}
+    if not chosen:
+        return Prepared([], unsettled, missing)
+    await _read(connection, chosen, now_ms)
+    built = {name: assemble(account, now_ms) for name, account in chosen.items()}
+    for name, (account, corrections) in built.items():
+        await _book(connection, name, account, corrections)
+    await _advance(connection, {name: account for name, (account, _) in built.items()})
+    return Prepared([(name, account) for name, (account, _) in built.items()], unsettled, missing)
+
+
+_NAMES: Final = "(SELECT * FROM unnest($1::text[], $2::text[]))"
+
+_LOCK: Final = f"""
+SELECT tenant, customer, config, epoch, sequence, version, overage, held, period_start, period_end, allowance, crossed,
+       crossings
+FROM accounts WHERE (tenant, customer) IN {_NAMES} ORDER BY tenant, customer FOR UPDATE"""  # noqa: S608
+
+_CREDITS: Final = f"""
+SELECT g.tenant, g.no, g.id, g.customer, g.amount, g.category, g.priority, g.effective_ms, g.expires_ms, g.created_ms,
+       g.features, g.voided_ms, b.remaining
+FROM grants g JOIN grant_balances b ON b.grant_no = g.no
+WHERE (g.tenant, g.customer) IN {_NAMES} AND b.remaining <> 0"""  # noqa: S608
+
+_CONTRACTS: Final = f"SELECT tenant, customer, body FROM contracts WHERE (tenant, customer) IN {_NAMES}"  # noqa: S608
+
+_SETTLED: Final = f"""
+SELECT p.tenant, p.customer, p.settled FROM account_periods p JOIN accounts a USING (tenant, customer, period_start)
+WHERE (a.tenant, a.customer) IN {_NAMES}"""  # noqa: S608
+
+_METERS: Final = """
+SELECT m.tenant, m.customer, m.period_start, m.meter, m.quantity
+FROM meters m JOIN unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[]) AS n (tenant, customer, start, earliest)
+     USING (tenant, customer)
+WHERE m.period_start >= n.earliest OR m.period_start = n.start"""
+
+_PENDING: Final = f"""
+SELECT tenant, customer, body FROM hot_deltas WHERE (tenant, customer) IN {_NAMES} ORDER BY version"""  # noqa: S608
+
+
+async def _rows(connection: Connection, query: str, names: Iterable[Name]) -> list[Row]:
+    pairs = sorted(names)
+    return await connection.fetch(query, [tenant for tenant, _ in pairs], [customer for _, customer in pairs])
+
+
+async def _read(connection: Connection, accounts: Mapping[Name, Ledgered], now_ms: int) -> None:
+    """Fills in what lies beside the accounts' rows. Read after the lock, each in a statement of its own."""
+    for row in await _rows(connection, _CREDITS, accounts):
+        credit = Credit(hot_deltas.grant_of(row), row["remaining"])
+        accounts[row["tenant"], row["customer"]].credits.append(credit)
+    for row in await _rows(connection, _CONTRACTS, accounts):
+        accounts[row["tenant"], row["customer"]].quotas += quotas_of(row["body"])
+    if hot := {name: account for name, account in accounts.items() if account.was_hot}:
+        await _read_history(connection, hot, now_ms)
+
+
+async def _read_history(connection: Connection, accounts: Mapping[Name, Ledgered], now_ms: int) -> None:
+    for row in await _rows(connection, _SETTLED, accounts):
+        accounts[row["tenant"], row["customer"]].settled = row["settled"]
+    for row in await _rows(connection, _PENDING, accounts):
+        accounts[row["tenant"], row["customer"]].pending.append(hot_deltas.parse(row["body"]))
+    listed = list(accounts.values())
+    meters = await connection.fetch(
+        _METERS,
+        [account.name[0] for account in listed],
+        [account.name[1] for account in listed],
+        [account.row["period_start"] for account in listed],
+        [period(a.config.recurrence, a.config.anchor_ms, now_ms - ARCHIVE_MS)[0] for a in listed],
+    )
+    for row in meters:
+        accounts[row["tenant"], row["customer"]].meters[row["period_start"], row["meter"]] = row["quantity"]
+    for account in listed:
+        if account.quotas:
+            account.used = await used_now(connection, *account.name, account.config, account.quotas, now_ms)
+
+
+async def _book(connection: Connection, name: Name, account: Account, corrections: Corrections) -> None:
+    tenant, customer = name
+    overage = f"overage:{customer}"
+    moved: dict[int, int] = defaultdict(int)
+    for kind, parts, sign, other in (
+        ("void", corrections.removed, -1, "breakage"),
+        ("reclass", corrections.reclassed, 1, overage),
+        ("repay", corrections.repaid, -1, overage),
+    ):
+        if not parts:
+            continue
+        entries = [Entry(f"grant:{grant.id}", sign * amount, grant.no) for grant, amount in parts]
+        transaction = Transaction(
+            tenant=tenant,
+            customer=customer,
+            kind=kind,
+            key=f"install:{customer}:{account.epoch}",
+            credit_type=account.config.credit_type,
+            version=account.version,
+            epoch=account.epoch,
+            entries=[*entries, Entry(other, -sum(entry.amount for entry in entries))],
+        )
+        await changes.book(connection, transaction)
+        for grant, amount in parts:
+            moved[grant.no] += sign * amount
+    if moved:
+        await connection.execute(
+            """UPDATE grant_balances b SET remaining = remaining + m.amount
+               FROM unnest($1::bigint[], $2::bigint[]) AS m (no, amount) WHERE b.grant_no = m.no""",
+            *(list(moved), list(moved.values())),
+        )
+
+
+async def _advance(connection: Connection, accounts: Mapping[Name, Account]) -> None:
+    values = list(accounts.items())
+    await connection.execute(
+        """UPDATE accounts a
+           SET epoch = n.epoch, applied = n.version, overage = n.overage, period_start = n.period_start,
+               period_end = n.period_end, allowance = n.allowance
+           FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[],
+                       $8::bigint[])
+               AS n (tenant, customer, epoch, version, overage, period_start, period_end, allowance)
+           WHERE a.tenant = n.tenant AND a.customer = n.customer""",
+        [tenant for (tenant, _), _ in values],
+        [customer for (_, customer), _ in values],
+        [account.epoch for _, account in values],
+        [account.version for _, account in values],
+        [account.overage for _, account in values],
+        [account.period_start for _, account in values],
+        [account.period_end for _, account in values],
+        [account.allowance for _, account in values],
+    )
+    if any(account.epoch > 1 for account in accounts.values()):
+        await _rows(connection, f"DELETE FROM hot_deltas WHERE (tenant, customer) IN {_NAMES}", accounts)  # noqa: S608
