@@ -125,7 +125,7 @@ class Results(msgspec.Struct, frozen=True):
 
 
 def encode(results: Results) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(results), indent=0) + b"\n"
+    return msgspec.json.encode(results) + b"\n"
 
 
 def decode(data: bytes) -> Results:

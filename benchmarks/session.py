@@ -101,7 +101,15 @@ def batched(session: Session, size: int, count: int, customers: Choice | None = 
     """Batches of a size, enough of them in flight."""
     in_flight = CLOSED_BATCHES if size > 1 else CLOSED
     who = customers or session.bed.rich
-    return Load("batch", batch=size, customers=who, in_flight=in_flight, count=count, seconds=20, replays=REPLAYS)
+    return Load(
+        "batch",
+        batch=size,
+        customers=who,
+        in_flight=in_flight,
+        count=count,
+        seconds=session.pick(20, 2),
+        replays=REPLAYS,
+    )
 
 
 def opened(session: Session, rate: float, seconds: float) -> Load:

@@ -55,8 +55,8 @@ class HotStore:
         """Connects when first used."""
         client: Redis = Redis.from_url(
             url,
-            # No socket_timeout: on Python 3.11 its asyncio.wait_for may swallow a cancellation (cpython gh-86296). Every
-            # call has a deadline of its own instead.
+            # No socket_timeout: on Python 3.11 its asyncio.wait_for may swallow a cancellation (cpython gh-86296).
+            # Every call has a deadline of its own instead.
             socket_timeout=None,
             socket_connect_timeout=TIMEOUT_S,
             max_connections=CONNECTIONS,

@@ -134,6 +134,14 @@ class Rig:
             )
 
 
+async def eventually(holds: Callable[[], Awaitable[bool]]) -> None:
+    """Returns once it holds."""
+    deadline = monotonic() + DEADLINE_S
+    while not await holds():
+        assert monotonic() < deadline, "it never held"
+        await asyncio.sleep(0.01)
+
+
 async def end(task: asyncio.Task[None]) -> None:
     task.cancel()
     done, _ = await asyncio.wait([task], timeout=DEADLINE_S)

@@ -1,4 +1,4 @@
-"""A bare HTTP/2 client that says whatever a test wants it to say, well or badly: frames, and headers without any table."""
+"""A bare HTTP/2 client that says whatever a test wants it to say, well or badly. Its headers need no table."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ WINDOW: Final = 65_535
 MOST: Final = 16_384  # bytes of a frame
 
 # RFC 7541: names of the static table, and the lengths of the Huffman codes of 15 bits and less; the code is canonical.
-_STATIC: Final = (
-    ":authority :method :method :path :path :scheme :scheme :status :status :status :status :status :status :status "
-    "accept-charset accept-encoding accept-language accept-ranges accept access-control-allow-origin age allow "
-    "authorization cache-control content-disposition content-encoding content-language content-length content-location "
-    "content-range content-type cookie date etag expect expires from host if-match if-modified-since if-none-match "
-    "if-range if-unmodified-since last-modified link location max-forwards proxy-authenticate proxy-authorization range "
-    "referer refresh retry-after server set-cookie strict-transport-security transfer-encoding user-agent vary via "
-    "www-authenticate"
-).split()
+_STATIC: Final = """
+    :authority :method :method :path :path :scheme :scheme :status :status :status :status :status :status :status
+    accept-charset accept-encoding accept-language accept-ranges accept access-control-allow-origin age allow
+    authorization cache-control content-disposition content-encoding content-language content-length content-location
+    content-range content-type cookie date etag expect expires from host if-match if-modified-since if-none-match
+    if-range if-unmodified-since last-modified link location max-forwards proxy-authenticate proxy-authorization range
+    referer refresh retry-after server set-cookie strict-transport-security transfer-encoding user-agent vary via
+    www-authenticate
+""".split()  # noqa: SIM905
 _STATUS: Final = {8: "200", 9: "204", 10: "206", 11: "304", 12: "400", 13: "404", 14: "500"}
 _LENGTHS: Final = {
     5: "012aceiost",
     6: " %-./3456789=A_bdfghlmnpru",
     7: ":BCDEFGHIJKLMNOPQRSTUVWYjkqvwxyz",
     8: "&*,;XZ",
-    10: "!\"()?",
+    10: '!"()?',
     11: "'+|",
     12: "#>",
     13: "\0$@[]~",
@@ -164,7 +164,9 @@ class Connection:
     def close(self) -> None:
         self._socket.close()
 
-    def request(self, path: str, body: bytes = b"", *, end: bool = True, headers: Sequence[tuple[str, str]] = ()) -> int:
+    def request(
+        self, path: str, body: bytes = b"", *, end: bool = True, headers: Sequence[tuple[str, str]] = ()
+    ) -> int:
         """Begins a gRPC call, in one write, and answers its stream. With `end` nothing more follows."""
         stream, self._next = self._next, self._next + 2
         self.send(self.request_bytes(stream, path, body, end=end, headers=headers))
@@ -219,9 +221,9 @@ class Connection:
                         windows[stream] -= len(part)
                     if not left[stream]:
                         del left[stream]
-                if all(min(self._windows[0], self._windows[stream]) <= 0 for stream in left) and left:
-                    if next(self.frames(), None) is None:
-                        return sent
+                stuck = left and all(min(self._windows[0], self._windows[stream]) <= 0 for stream in left)
+                if stuck and next(self.frames(), None) is None:
+                    break
         except (Closed, TimeoutError):
             pass
         return sent

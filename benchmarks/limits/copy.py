@@ -40,9 +40,7 @@ async def _copy(site: Site, like: str) -> Measure:
     try:
         found = await connection.fetch(_KEYS, like, timeout=TIMEOUT_S)
         await _make_tables(connection)
-        batches = [
-            await _rows(connection, found[first : first + BATCH]) for first in range(0, len(found), BATCH)
-        ]
+        batches = [await _rows(connection, found[first : first + BATCH]) for first in range(0, len(found), BATCH)]
         before, began = site.probe().look(os.getpid()), time.perf_counter()
         for batch in batches:
             async with connection.transaction():

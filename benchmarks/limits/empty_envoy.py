@@ -1,4 +1,4 @@
-"""Hosts the empty handler as the gateway is hosted: `python -m benchmarks.limits.empty_envoy` prints `ready ADDRESS`."""
+"""Hosts the empty handler as the gateway is: `python -m benchmarks.limits.empty_envoy` prints `ready ADDRESS`."""
 
 from __future__ import annotations
 

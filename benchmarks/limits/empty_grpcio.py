@@ -1,7 +1,9 @@
 """An empty handler on grpc.aio: bytes in, nothing out. Runs on any grpcio: it imports nothing of the project.
 
-    python empty_grpcio.py        prints `ready 127.0.0.1:PORT`, ends on SIGTERM
+python empty_grpcio.py        prints `ready 127.0.0.1:PORT`, ends on SIGTERM
 """
+
+from __future__ import annotations
 
 import asyncio
 import gc
@@ -14,7 +16,7 @@ import uvloop
 METHOD, SERVICE = "CheckAndConsume", "entitlement.v1.EntitlementGateway"
 
 
-async def answer(request: bytes, context: "grpc.aio.ServicerContext[bytes, bytes]") -> bytes:
+async def answer(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
     return b""
 
 
@@ -24,8 +26,8 @@ async def serve() -> None:
     server = grpc.aio.server(
         options=[("grpc.max_concurrent_streams", 2048), ("grpc.http2.bdp_probe", 0), ("grpc.so_reuseport", 0)]
     )
-    handlers = {METHOD: grpc.unary_unary_rpc_method_handler(answer)}
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(answer)
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler})])
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     gc.collect()

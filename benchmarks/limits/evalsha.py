@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import time
+from collections.abc import Sequence
 from typing import Final
 
 from redis import Redis
@@ -29,6 +30,7 @@ from gateway.store.packing import Packer
 TENANT: Final = "default"
 PIPELINE: Final = 64
 CONNECTIONS: Final = 4
+READ: Final = 1_000  # accounts read together
 BENCHMARK_S: Final = 120.0
 _RANDOM: Final = "__rand_int__"  # redis-benchmark puts 12 digits in its place
 
@@ -62,7 +64,7 @@ def commands(site: Site, customers: int, count: int, run: str) -> bytes:
 
 def _replayed_by_us(bed: Bed, site: Site, name: str, count: int, pipeline: int, connections: int) -> Measure:
     file = bed.folder / "commands"
-    file.write_bytes(commands(site, bed.sizes.rich, count, f"{name}-{os.urandom(4).hex()}"))
+    file.write_bytes(commands(site, bed.sizes.rich, count, f"{name.replace(' ', '-')}-{os.urandom(4).hex()}"))
     load = Load(mode="resp", file=str(file), count=count, batch=pipeline, connections=connections, seconds=60)
     target = "unix:" + site.stack.redis_url.removeprefix("unix://")
     measure = measure_load(bed.generator, site.probe(), target, name, load, name)
@@ -88,7 +90,15 @@ def redis_benchmark(bed: Bed, site: Site, count: int) -> Measure | None:
         return None
     customer = "c-0"
     before = _sequence(site.redis, customer)
-    argv = [program, "-s", site.stack.redis_url.removeprefix("unix://"), "-n", str(count), "-P", str(PIPELINE)]
+    argv: list[str | bytes] = [
+        program,
+        "-s",
+        site.stack.redis_url.removeprefix("unix://"),
+        "-n",
+        str(count),
+        "-P",
+        str(PIPELINE),
+    ]
     argv += ["-c", str(CONNECTIONS), "-r", str(2**31 - 1), "-q", *_templates(site, customer)]
     if bed.cores and shutil.which("taskset"):
         argv = ["taskset", "-c", str(bed.cores[0]), *argv]
@@ -117,7 +127,7 @@ def redis_benchmark(bed: Bed, site: Site, count: int) -> Measure | None:
 
 
 def _templates(site: Site, customer: str) -> list[bytes]:
-    """EVALSHA with its arguments; what must differ from call to call has a place for redis-benchmark's random number."""
+    """EVALSHA with its arguments; what must differ from call to call has a place for a random number."""
     sha = hashlib.sha1(lua.script("consume").encode(), usedforsecurity=False).hexdigest()
     consume = _consume(f"rb-{os.urandom(4).hex()}-{_RANDOM}-{_RANDOM}", customer)
     charge: Charge = _prices(site.redis).price(consume)
@@ -131,7 +141,16 @@ def _templates(site: Site, customer: str) -> list[bytes]:
 
 
 def _sequence(redis: Redis, customer: str) -> int:
-    fields = redis.hgetall(keys.account(keys.partition_of(TENANT, customer), TENANT, customer))
-    assert isinstance(fields, dict)
-    account = Account.decode(fields)
+    account = hot_accounts(redis, [customer])[0]
     return account.sequence if account else 0
+
+
+def hot_accounts(redis: Redis, names: Sequence[str]) -> list[Account | None]:
+    """Accounts as the hot store has them; None: not there."""
+    found: list[Account | None] = []
+    for first in range(0, len(names), READ):
+        pipeline = redis.pipeline(transaction=False)
+        for name in names[first : first + READ]:
+            pipeline.hgetall(keys.account(keys.partition_of(TENANT, name), TENANT, name))
+        found += [Account.decode(fields) for fields in pipeline.execute()]
+    return found

@@ -15,10 +15,10 @@ def python(folder: Path, version: str) -> str:
     interpreter = home / "bin/python"
     if (home / "done").exists():
         return str(interpreter)
+    pip = [str(interpreter), "-m", "pip", "install"]
     for argv in (
         [sys.executable, "-m", "venv", str(home)],
-        [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        + ["--only-binary", ":all:", f"grpcio=={version}", "uvloop"],
+        [*pip, "--quiet", "--disable-pip-version-check", "--only-binary", ":all:", f"grpcio=={version}", "uvloop"],
     ):
         done = subprocess.run(argv, capture_output=True, text=True, timeout=INSTALL_S, check=False)
         if done.returncode:

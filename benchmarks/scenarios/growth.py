@@ -8,19 +8,21 @@ import hashlib
 import socket
 from collections import defaultdict
 from functools import partial
+from typing import cast
 
 import hiredis
 from redis import Redis
 
 from benchmarks.bed import CREDIT, PLAN, RICH
 from benchmarks.generator import Choice
-from benchmarks.limits.evalsha import TENANT
+from benchmarks.limits.evalsha import TENANT, hot_accounts
 from benchmarks.model import Measure
 from benchmarks.session import Arm, Run, Session, batched, closed, stopwatch
 from benchmarks.site import Site
 from entitlement import journal, keys, lua
 from entitlement.account import Account, Config, HotGrant, next_crossing
 from entitlement.journal import Consumed
+from gateway.store.connection import pack
 
 CHUNK = 2_000  # installs in one write
 PREFIX = "grown-"
@@ -70,7 +72,7 @@ def _install(site: Site, size: int) -> None:
     sha = hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
     fields = [part for field in account().encode().items() for part in field]
     head = b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%b\r\n$1\r\n1\r\n" % (4 + len(fields), sha.encode())
-    tail = hiredis.pack_command(tuple(fields)).partition(b"\r\n")[2]
+    tail = pack(*fields).partition(b"\r\n")[2]
     reader = hiredis.Reader()
     with socket.socket(socket.AF_UNIX) as line:
         line.settimeout(60)
@@ -112,9 +114,12 @@ def _gate(site: Site) -> tuple[dict[str, int], list[str]]:
             sequences[record.customer].append(record.sequence)
     problems = []
     names = list(consumed)
-    for name, hot in zip(names, _accounts(site.redis, names), strict=True):
+    for name, hot in zip(names, hot_accounts(site.redis, names), strict=True):
+        if hot is None:
+            problems.append(f"{name}: has decisions and is not there")
+            continue
         remaining = sum(grant.remaining for grant in hot.grants)
-        if RICH != consumed[name] + remaining or hot.settled != consumed[name] or hot.overage:
+        if consumed[name] + remaining != RICH or hot.settled != consumed[name] or hot.overage:
             problems.append(f"{name}: granted {RICH}, consumed {consumed[name]}, remaining {remaining}")
         if sequences[name] != list(range(1, hot.sequence + 1)):
             problems.append(f"{name}: the journal has {len(sequences[name])} records, the account {hot.sequence}")
@@ -129,10 +134,10 @@ def _gate(site: Site) -> tuple[dict[str, int], list[str]]:
 
 def _records(redis: Redis, stream: str) -> list[Consumed]:
     """Those of the customers that grew here."""
-    found, start = [], "-"
+    found: list[Consumed] = []
+    start = "-"
     while True:
-        entries = redis.xrange(stream, min=start, count=5_000)
-        assert isinstance(entries, list)
+        entries = cast("list[tuple[bytes, dict[bytes, bytes]]]", redis.xrange(stream, min=start, count=5_000))
         if not entries:
             return found
         for _, fields in entries:
@@ -140,16 +145,3 @@ def _records(redis: Redis, stream: str) -> list[Consumed]:
             if isinstance(record, Consumed) and record.customer.startswith(PREFIX):
                 found.append(record)
         start = "(" + entries[-1][0].decode()
-
-
-def _accounts(redis: Redis, names: list[str]) -> list[Account]:
-    found = []
-    for first in range(0, len(names), 1_000):
-        pipeline = redis.pipeline(transaction=False)
-        for name in names[first : first + 1_000]:
-            pipeline.hgetall(keys.account(keys.partition_of(TENANT, name), TENANT, name))
-        for fields in pipeline.execute():
-            hot = Account.decode(fields)
-            assert hot is not None
-            found.append(hot)
-    return found

@@ -11,6 +11,7 @@
 --       6 every quota that shall exist: 'feature limit soft recurrence anchor used-adjustment;'
 --       7 meter adjustments: 'meter units meter units'                                     signed units
 --       8 'tenant customer'
+--       9 the period (its start, ms) that 4 and 7 are meant for, 0 = the current one
 -- Returns '!NOT_LOADED', '!GAP have' (not the next version; have = the live one), or '=' sequence.
 local fields = redis.call('HMGET', KEYS[1], 'c', 'd', 'g')
 if not fields[1] or fields[1] == 'missing' then return '!NOT_LOADED' end
@@ -35,7 +36,10 @@ a.version = tonumber(ARGV[1])
 
 local oh, ol = num(ARGV[5])
 a.oh, a.ol = add(a.oh, a.ol, oh, ol)
-local sh, sl = num(ARGV[4])
+-- The period may have turned since the change was decided: what it meant for a closed cycle does not touch this one.
+local cycle = tonumber(ARGV[9] or '0')
+local meant = cycle == 0 or cycle == a.from
+local sh, sl = num(meant and ARGV[4] or '0')
 a.sh, a.sl = add(a.sh, a.sl, sh, sl)
 local was_h, was_l = num(old.line)
 local line_h, line_l = num(a.line)
@@ -102,12 +106,12 @@ end
 for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
   if string.sub(field, 1, 2) == 'q:' and not keep[field] then redis.call('HDEL', KEYS[1], field) end
 end
-for meter, units in string.gmatch(ARGV[7], "(%S+) (-?%d+) ?") do redis.call('HINCRBY', KEYS[1], 'u:' .. meter, units) end
+local prefix = meant and 'u:' or 'U:' .. integer(cycle) .. ':'
+for meter, units in string.gmatch(ARGV[7], "(%S+) (-?%d+) ?") do redis.call('HINCRBY', KEYS[1], prefix .. meter, units) end
 local function list(items) return struct.pack('<I2', #items) .. table.concat(items) end
-local settled_h, settled_l = num(ARGV[4])
 local overage_h, overage_l = num(ARGV[5])
 journal(KEYS[2], 3, ARGV[8], a, now, crossings,
-  struct.pack('<ddddddddd', settled_h, settled_l, overage_h, overage_l, a.sh, a.sl, a.ah, a.al, a.from)
+  struct.pack('<ddddddddd', sh, sl, overage_h, overage_l, a.sh, a.sl, a.ah, a.al, a.from)
     .. list(removed) .. list(reclassed) .. list(repaid))
 if turned then roll(KEYS[1], KEYS[2], ARGV[8], a, grants, now) end
 return '=' .. integer(a.sequence)

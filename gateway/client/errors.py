@@ -49,11 +49,11 @@ class PermissionDenied(EntitlementCallError):
 
 
 class Overloaded(EntitlementCallError):
-    """Too many calls are in flight: here (then nothing was sent), or in the gateway through all retries."""
+    """Too many calls are in flight: here (nothing was sent), or in the gateway whenever it was asked."""
 
 
 class Unavailable(EntitlementCallError):
-    """No retry within the deadline reached a gateway that could decide. The outcome is unknown."""
+    """The gateway, or its store, was away until the deadline, retries included. The outcome is unknown."""
 
 
 class DeadlineExceeded(EntitlementCallError):

@@ -49,8 +49,8 @@ class _Call:
         self.request = request
         self.answer = answer
         self.deadline = deadline
-        self.failures = 0  # attempts that ended in `problem`
-        self.problem: EntitlementCallError | None = None
+        self.failures = 0
+        self.problem: EntitlementCallError | None = None  # what the call ends in when its deadline passes now
 
 
 class Lane:
@@ -172,7 +172,8 @@ class Lane:
             if call.answer.done():  # Its caller has gone, or it is overdue.
                 self._open.pop(call, None)
             else:
-                call.problem = None
+                if call.problem is not None and call.problem.code is not grpc.StatusCode.UNAVAILABLE:
+                    call.problem = None  # "Overloaded" would say that nothing was charged, and this attempt may be.
                 batch.append(call)
         return batch
 
@@ -183,8 +184,8 @@ class Lane:
         try:
             responses = await self._decider.decide([call.request for call in batch], timeout_s)
         except EntitlementCallError as problem:
-            if problem.code is grpc.StatusCode.RESOURCE_EXHAUSTED and len(batch) > 1:
-                self._batch = len(batch) // 2  # It may have room for fewer.
+            if problem.code in RETRIED and len(batch) > 1:
+                self._batch = len(batch) // 2  # There may be room, or time, for fewer.
             self._refused([(call, problem) for call in batch])
         else:
             self._batch = min(self._max_batch, self._batch + 1)
@@ -216,8 +217,10 @@ class Lane:
                 call.failures += 1
                 call.problem = problem
                 again.append(call)
+            elif problem.code is grpc.StatusCode.DEADLINE_EXCEEDED and now >= call.deadline:
+                self._fail(call, self._overdue(call))
             else:
-                self._fail(call, problem if now < call.deadline else self._overdue(call))
+                self._fail(call, problem)
         if again:
             pause_s = self._backoff.pause_s(max(call.failures for call in again))
             self._timers.call_at(now + pause_s, lambda: self._again(again))

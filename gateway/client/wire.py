@@ -135,5 +135,7 @@ def stream_ended() -> EntitlementCallError:
 
 def translated(error: grpc.RpcError | DecodeError | ValueError) -> EntitlementCallError:
     if isinstance(error, grpc.aio.AioRpcError | grpc.Call):
+        if error.code() is grpc.StatusCode.CANCELLED:  # Not by us: a server that stops resets calls that it never took.
+            return call_error(grpc.StatusCode.UNAVAILABLE, "the gateway dropped the call")
         return call_error(error.code(), error.details() or "")
     return call_error(grpc.StatusCode.INTERNAL, f"the answer cannot be read: {type(error).__name__}")

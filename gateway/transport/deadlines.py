@@ -58,5 +58,5 @@ class Deadlines(Generic[Item]):
         for tick in sorted(tick for tick in self._due if tick <= now):
             for item in self._due.pop(tick, ()):
                 self._act(item)
-        if self._due and self._ticking is None:
+        if self._due and (self._ticking is None or min(self._due) < self._next):  # What was acted on may have armed it.
             self._arm(min(self._due))

@@ -174,8 +174,11 @@ class FileTarget:
 
 @pytest.fixture(scope="session")
 def publisher_valkey() -> Iterator[ValkeyProcess]:
-    """Not the shared one: it is killed, and keeps what it has accepted."""
-    with start_or_skip(lambda: ValkeyProcess(appendonly="yes", appendfsync="everysec")) as server:
+    """Not the shared one: it is killed, and keeps what it has accepted.
+
+    With everysec a server whose disk is busy answers before it has written, and a kill then loses what it accepted.
+    """
+    with start_or_skip(lambda: ValkeyProcess(appendonly="yes", appendfsync="always")) as server:
         yield server
 
 

@@ -171,6 +171,10 @@ def test_a_cost_is_the_product_rounded_half_to_even_or_nil_beyond_64_bits(run: R
     )
     rows += [(odd * per // 2, 1, per) for odd in range(1, 99, 2) for per in (2, 10**6, MAX_PER)]  # Exact halves.
 
+    for price, per in product((999_999_999_989, MAX_PRICE), (999_999_937, 7 * 10**6, 10**6 + 3)):  # Right at the bound.
+        last = min(MAX_NANOS * per // price, MAX_CUMULATIVE - 3)
+        rows += [(last + near, price, per) for near in range(-3, 4)]
+
     def expected(quantity: int, price: int, per: int) -> str:
         nanos = cost(Rate("", price, per), quantity)
         return pair_text(nanos) if nanos <= MAX_NANOS else "nil"

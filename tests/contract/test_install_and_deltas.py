@@ -330,6 +330,19 @@ async def test_a_period_that_is_over_turns_before_the_change(store: Store) -> No
     assert (account.settled, account.allowance, account.period_start) == (0, 150, rolled.period_start)
 
 
+async def test_what_a_change_means_for_a_period_that_has_ended_does_not_touch_the_new_one(store: Store) -> None:
+    """Otherwise `settled` of a cycle without usage would go below zero."""
+    start = store.now_ms - 40 * DAY
+    ended = store.account_of(
+        HotGrant(1, 100), settled=30, meters={"tokens": 30}, period_start=start, period_end=store.now_ms - DAY
+    )
+    await store.install(ended)
+    await store.apply(delta(6, GrantLine(1, 0, 0), settled=-30, meters=(("tokens", -30),), cycle=start))
+    account = await store.account()
+    assert (account.settled, account.meters, account.archive) == (0, {}, {(start, "tokens"): 0})
+    assert (await store.last_adjusted()).settled_adjustment == 0
+
+
 @pytest.mark.parametrize("spent", [30, 100, 130])
 async def test_compensation_leaves_the_account_as_if_nothing_had_been_consumed(store: Store, spent: int) -> None:
     before = store.account_of(HotGrant(1, 60), HotGrant(2, 40))

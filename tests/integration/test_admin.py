@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from time import monotonic
 
 import grpc
 import pytest
@@ -20,7 +19,7 @@ from entitlement.quantity import MAX_CUMULATIVE, MAX_NANOS, MAX_PER, MAX_PRICE, 
 from entitlement.v1 import gateway_pb2
 from entitlement.v1 import ledger_pb2 as pb
 from ledger_sync.install import ensure
-from tests.control_rig import DEADLINE_S, TENANT, USD, Rig, card, refusal, rig, total
+from tests.control_rig import DEADLINE_S, TENANT, USD, Rig, card, eventually, refusal, rig, total
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 MISSING = grpc.StatusCode.NOT_FOUND
@@ -202,10 +201,11 @@ class TestPublishing:
                 await client.delete(keys.CATALOG, keys.CATALOG_GENERATION)
             else:
                 await client.set(keys.CATALOG_GENERATION, generation - 1)
-            deadline = monotonic() + DEADLINE_S
-            while await client.get(keys.CATALOG_GENERATION) != str(generation).encode():
-                assert monotonic() < deadline
-                await asyncio.sleep(0.05)
+
+            async def again() -> bool:
+                return await client.get(keys.CATALOG_GENERATION) == str(generation).encode()
+
+            await eventually(again)
             assert (await published(client)).generation == generation
 
 

@@ -21,7 +21,8 @@ from entitlement.v1 import gateway_pb2
 from entitlement.v1 import ledger_pb2 as pb
 from ledger_sync.install import ensure
 from ledger_sync.pricing import PriceList
-from tests.control_rig import DEADLINE_S, TENANT, USD, Rig, refusal, rig
+from tests.control_rig import DEADLINE_S, TENANT, USD, Rig, eventually, refusal, rig
+from tests.servers import ValkeyProcess
 
 BOB = (TENANT, "bob")
 
@@ -150,6 +151,31 @@ class TestInstalls:
             await redis.rpush(keys.install_requests(0), text)
         await shop.account("bob")
         assert len(await redis.keys("a:*")) == 1
+
+    async def test_a_hot_store_that_comes_back_empty_is_filled_from_the_ledger(self, database_dsn: str) -> None:
+        with ValkeyProcess() as server:
+            async with rig(server.url, database_dsn) as shop:
+                await shop.catalogue()
+                await shop.customer("bob", 10 * USD)
+                await shop.consume("bob", "input.tokens", 1_000_000)
+                before = await shop.account("bob")
+                await shop.settled("bob")
+                await shop.stop_drain()
+                server.restart()
+                shop.start_drain()
+                await shop.stub.CreateGrant(pb.Grant(id="more", customer="bob", amount_nanos=USD))
+                after = await shop.account_when("bob", lambda account: len(account.grants) == 2)
+                assert (after.epoch, after.sequence, after.version) == (2, before.sequence, 3)
+                assert (after.settled, after.meters) == (before.settled, before.meters)
+                generation = await shop.control.catalogs.generation()
+
+                async def published() -> bool:
+                    return await shop.hot.catalog_generation() == generation
+
+                await eventually(published)
+                assert (await shop.consume("bob", "input.tokens", 1_000_000)).available == 5 * USD
+                await shop.settled("bob")
+                assert is_clean(await verify(shop))
 
 
 class TestChanges:

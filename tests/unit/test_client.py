@@ -359,7 +359,8 @@ async def test_a_call_beyond_the_limit_is_overloaded_here(target: str, gateway: 
 # Trying again
 
 
-@pytest.mark.parametrize("code", [Status.UNAVAILABLE, Status.RESOURCE_EXHAUSTED])
+# CANCELLED, by nobody here, is how calls end that a stopping server never took.
+@pytest.mark.parametrize("code", [Status.UNAVAILABLE, Status.RESOURCE_EXHAUSTED, Status.CANCELLED])
 @pytest.mark.parametrize("calls", [1, 3])
 async def test_the_same_keys_and_bytes_are_tried_again(
     client: Client, gateway: FakeGateway, code: Status, calls: int
@@ -392,7 +393,7 @@ async def test_one_call_of_a_batch_is_tried_again_without_its_neighbours(client:
         (Status.UNKNOWN, EntitlementCallError),
         (Status.DATA_LOSS, EntitlementCallError),
         (Status.UNIMPLEMENTED, EntitlementCallError),
-        (Status.CANCELLED, EntitlementCallError),
+        (Status.ABORTED, EntitlementCallError),
     ],
 )
 @pytest.mark.parametrize("calls", [1, 2])
@@ -420,14 +421,14 @@ async def test_a_gateway_that_does_not_answer_ends_at_the_deadline(target: str, 
 
 async def test_a_gateway_that_stays_unavailable_says_so_at_the_deadline(target: str, gateway: FakeGateway) -> None:
     gateway.faults.extend([(Status.UNAVAILABLE, "away")] * 10_000)
-    async with Client(target, timeout_ms=100, backoff=QUICK) as client:
-        with pytest.raises(Unavailable, match=r"away \(tried \d+ times within 100 ms\)"):
+    async with Client(target, timeout_ms=500, backoff=QUICK) as client:
+        with pytest.raises(Unavailable, match=r"away \(tried \d+ times within 500 ms\)"):
             await client.check_and_consume("c", "t", 1)
     assert len(gateway.calls) > 5
 
 
 async def test_no_gateway_at_all_is_unavailable(folder: Path) -> None:
-    async with Client(f"unix:{folder}/nobody.sock", timeout_ms=100) as client:
+    async with Client(f"unix:{folder}/nobody.sock", timeout_ms=500) as client:
         answers = await client.check_and_consume_many([Request("c", [Usage("t", 1)])] * 2)
     assert [type(answer) for answer in answers] == [Unavailable, Unavailable]
 
@@ -523,7 +524,7 @@ async def test_a_watcher_without_a_first_answer_gives_up(target: str, gateway: F
 
 
 async def test_a_watcher_gives_up_a_gateway_that_stays_away(folder: Path) -> None:
-    async with Client(f"unix:{folder}/nobody.sock", timeout_ms=50, backoff=QUICK) as client:
+    async with Client(f"unix:{folder}/nobody.sock", timeout_ms=500, backoff=QUICK) as client:
         with pytest.raises(Unavailable):
             await anext(client.watch_balance("c"))
 
@@ -632,8 +633,8 @@ async def test_tls_is_spoken_when_it_is_asked_for(gateway: FakeGateway, folder: 
         async with Client(target, tls=mine, token="secret", timeout_ms=10_000) as client:
             assert (await client.check_and_consume("c", "t", 1)).allowed
         for wrong in (Tls(), Tls(str(certificate), server_name="gw.example"), replace(mine, server_name=None)):
-            async with Client(target, tls=wrong, timeout_ms=200) as client:
-                with pytest.raises(Unavailable):
+            async with Client(target, tls=wrong, timeout_ms=500) as client:
+                with pytest.raises((Unavailable, DeadlineExceeded)):
                     await client.check_and_consume("c", "t", 1)
 
 

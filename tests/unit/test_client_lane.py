@@ -79,6 +79,19 @@ class Road:
         return [trip for trip in self.trips if not trip.end.done()]
 
 
+rigs: list[Rig] = []
+
+
+@pytest.fixture(autouse=True)
+async def nothing_is_left_away() -> AsyncIterator[None]:
+    yield
+    for rig in rigs:
+        for trip in rig.road.away:
+            trip.end.cancel()
+    await turn()
+    rigs.clear()
+
+
 class Rig:
     """A lane, and what a test does with it."""
 
@@ -94,6 +107,7 @@ class Rig:
             backoff=Backoff(first_ms=10, most_ms=40, jitter=lambda: 1.0),
             timers=self.clock,
         )
+        rigs.append(self)
 
     def submit(self, *keys: str) -> list[Answer]:
         answers: list[Answer] = []
@@ -241,21 +255,21 @@ async def test_however_slow_there_are_only_so_many_batches_away() -> None:
 
 async def test_what_is_unavailable_is_tried_again_with_the_same_bytes_after_growing_pauses() -> None:
     rig = Rig()
-    answers = rig.submit("a", "b")
+    answers = rig.submit("a")
     await turn()
     for attempt, pause_s in enumerate((0.01, 0.02, 0.04, 0.04), start=1):
         await rig.road.trips[-1].failed(Status.UNAVAILABLE)
         await rig.clock.advance(pause_s * 0.9)
         assert len(rig.road.trips) == attempt
         await rig.clock.advance(pause_s * 0.2)
-        assert rig.road.keys == [["a", "b"]] * (attempt + 1)
+        assert rig.road.keys == [["a"]] * (attempt + 1)
     await rig.road.trips[-1].answered()
-    assert [outcome(answer) for answer in answers] == ["a", "b"]
+    assert [outcome(answer) for answer in answers] == ["a"]
 
 
 async def test_what_waits_for_another_attempt_leaves_room_for_others_and_goes_first_then() -> None:
     rig = Rig()
-    rig.submit("a", "b")
+    rig.submit("a")
     await turn()
     await rig.road.trips[0].failed(Status.UNAVAILABLE)
     rig.submit("c")
@@ -263,7 +277,7 @@ async def test_what_waits_for_another_attempt_leaves_room_for_others_and_goes_fi
     rig.submit("d")
     await rig.clock.advance(PAUSE_S)
     await rig.road.trips[1].answered()
-    assert rig.road.keys == [["a", "b"], ["c"], ["a", "b", "d"]]
+    assert rig.road.keys == [["a"], ["c"], ["a", "d"]]
 
 
 async def test_one_call_of_a_batch_is_tried_again_or_fails_alone() -> None:
@@ -295,13 +309,14 @@ async def test_nothing_else_is_tried_again(code: Status) -> None:
     assert len(rig.road.trips) == 1
 
 
-async def test_a_gateway_without_room_is_sent_half_as_many_and_then_one_more_each_time() -> None:
+@pytest.mark.parametrize("code", [Status.RESOURCE_EXHAUSTED, Status.UNAVAILABLE])
+async def test_a_gateway_without_room_or_time_is_sent_half_as_many_and_then_one_more_each_time(code: Status) -> None:
     rig = Rig()
     rig.submit(*names(20))
     await turn()
-    await rig.road.trips[0].failed(Status.RESOURCE_EXHAUSTED)
+    await rig.road.trips[0].failed(code)
     await rig.clock.advance(PAUSE_S)
-    await rig.road.trips[1].failed(Status.RESOURCE_EXHAUSTED)
+    await rig.road.trips[1].failed(code)
     for trip in (2, 3, 4):
         await rig.clock.advance(2 * PAUSE_S)
         await rig.road.trips[trip].answered()
@@ -330,6 +345,15 @@ async def test_every_call_ends_by_its_own_deadline_and_a_late_answer_is_dropped(
     assert isinstance(outcome(second), DeadlineExceeded)
 
 
+async def test_a_deadline_that_grpc_sees_first_is_told_in_the_same_words() -> None:
+    rig = Rig()
+    (answer,) = rig.submit("a")
+    await turn()
+    rig.clock.now += TIMEOUT_S  # The lane's own timer has not run.
+    await rig.road.trips[0].failed(Status.DEADLINE_EXCEEDED)
+    assert str(outcome(answer)).startswith("DEADLINE_EXCEEDED: no answer within 1000 ms; the outcome is unknown")
+
+
 async def test_a_batch_may_take_as_long_as_its_youngest_call() -> None:
     rig = Rig()
     rig.submit("a")
@@ -356,15 +380,34 @@ async def test_what_stays_unavailable_until_its_deadline_says_so() -> None:
     assert 24 <= len(rig.road.trips) <= 28  # 10, 20 and then 40 ms apart
 
 
-async def test_a_last_attempt_without_an_answer_is_an_unknown_outcome() -> None:
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (Status.UNAVAILABLE, "UNAVAILABLE: told to (tried 1 times within 1000 ms)"),
+        (
+            Status.RESOURCE_EXHAUSTED,
+            "DEADLINE_EXCEEDED: no answer within 1000 ms, after 1 failed attempts; the outcome",
+        ),
+    ],
+)
+async def test_a_last_attempt_without_an_answer_is_an_unknown_outcome(code: Status, message: str) -> None:
     rig = Rig()
     (answer,) = rig.submit("a")
     await turn()
-    await rig.road.trips[0].failed(Status.UNAVAILABLE)
+    await rig.road.trips[0].failed(code)
     await rig.clock.advance(TIMEOUT_S)
-    error = outcome(answer)
-    assert isinstance(error, DeadlineExceeded)
-    assert error.message.startswith("no answer within 1000 ms, after 1 failed attempts; the outcome is unknown")
+    assert len(rig.road.trips) == 2
+    assert str(outcome(answer)).startswith(message)
+
+
+async def test_overload_until_the_deadline_says_so() -> None:
+    rig = Rig()
+    (answer,) = rig.submit("a")
+    await turn()
+    await rig.clock.advance(TIMEOUT_S - PAUSE_S / 2)
+    await rig.road.trips[0].failed(Status.RESOURCE_EXHAUSTED)
+    await rig.clock.advance(PAUSE_S)
+    assert str(outcome(answer)).startswith("RESOURCE_EXHAUSTED: told to (tried 1 times within 1000 ms)")
 
 
 # Losing interest, limits, the end

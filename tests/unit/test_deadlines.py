@@ -138,6 +138,26 @@ def test_what_rings_may_ask_again_and_forget_others() -> None:
     assert len(deadlines) == 0
 
 
+@given(st.lists(st.tuples(st.floats(0, 5), st.floats(0, 20)), max_size=20))
+def test_asking_again_for_later_makes_nothing_else_late(asked: list[tuple[float, float]]) -> None:
+    loop = Loop()
+    due = {f"{index}": loop.now + first for index, (first, _) in enumerate(asked)}
+    rung: list[str] = []
+
+    def ring(item: str) -> None:
+        rung.append(item)
+        assert due[item] - EARLY <= loop.now <= due[item] + TICK_S + 1e-6
+        if rung.count(item) == 1:
+            due[item] = loop.now + asked[int(item)][1]
+            deadlines.at(due[item], item)
+
+    deadlines: Deadlines[str] = Deadlines(loop, ring)  # type: ignore[arg-type]
+    for item, when in list(due.items()):
+        deadlines.at(when, item)
+    loop.advance(1030)
+    assert sorted(rung) == sorted([*due, *due])
+
+
 def test_a_deadline_that_has_passed_rings_at_once() -> None:
     bell = Bell(Loop())
     bell.deadlines.at(900, "past")

@@ -82,6 +82,13 @@ async def test_an_event_a_little_ahead_burns_what_is_active_now(hot: Hot) -> Non
     assert hot.consumed().event_ms == now + 120_000
 
 
+async def test_a_grant_is_active_from_its_first_millisecond_until_before_its_last(hot: Hot) -> None:
+    at = hot.now() - DAY
+    hot.put(account(HotGrant(1, 100, at, at + 1)))
+    for number, (moment, verdict) in enumerate([(at - 1, Verdict.DENY), (at, Verdict.ALLOW), (at + 1, Verdict.DENY)]):
+        assert (await hot.decide(f"k{number}", (TOKENS, 1), event_ms=moment)).verdict is verdict
+
+
 async def test_a_scoped_grant_pays_for_its_features_only(hot: Hot) -> None:
     hot.put(account(HotGrant(1, 1_000, features=(IMAGES,)), HotGrant(2, 100)))
     assert (await hot.decide("k1", (TOKENS, 101))).reason is Reason.INSUFFICIENT_CREDITS

@@ -1,4 +1,4 @@
-"""`python -m tests.integration.interop.serve grpcio|envoy ADDRESSES DRAIN_MS`: the probe on a transport, until SIGTERM."""
+"""`python -m tests.integration.interop.serve grpcio|envoy ADDRESSES DRAIN_MS`: the probe, until SIGTERM."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 
 import uvloop
 
+from gateway import telemetry
 from gateway.settings import Settings
 from gateway.transport.envoy import EnvoyTransport
 from gateway.transport.grpcio import GrpcioTransport
@@ -34,4 +35,5 @@ async def serve(kind: str, settings: Settings) -> None:
 
 
 if __name__ == "__main__":
+    telemetry.configure("error")
     uvloop.run(serve(sys.argv[1], Settings(listen=sys.argv[2], drain_ms=int(sys.argv[3]))))

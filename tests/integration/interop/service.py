@@ -1,4 +1,4 @@
-"""A servicer that does everything a gRPC method can do, and tells what it saw: `interop.Probe`, bytes in and bytes out."""
+"""A servicer that does everything a gRPC method can do, and tells what it saw: `interop.Probe`, in bytes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Probe:
 
     def __init__(self) -> None:
         self._marks: Counter[str] = Counter()
-        self._news = asyncio.Condition()
+        self._waiting: list[tuple[str, int, asyncio.Future[None]]] = []
 
     def handler(self) -> grpc.GenericRpcHandler:
         """All methods, for a server of either transport."""
@@ -93,7 +93,7 @@ class Probe:
         name, count, size = json.loads(request)
         for number in range(count):
             yield number.to_bytes(4, "big") + bytes(size)
-            await self._mark(f"counted {name}")
+            self._mark(f"counted {name}")
 
     async def CountThenFail(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
         for number in range(int(request)):
@@ -133,27 +133,32 @@ class Probe:
         await self._hold(name.decode())
 
     async def Console(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
-        """["release", name, 1]; ["await", mark, times]: answered when it has happened so many times; ["tell", mark, 0]."""
+        """["release", name, 1]; ["await", mark, times]: answered when that has happened; ["tell", mark, 0]: at once."""
         async for request in requests:
             verb, name, times = json.loads(request)
             if verb == "release":
-                await self._mark(f"released {name}")
+                self._mark(f"released {name}")
             elif verb == "await":
-                async with self._news:
-                    await self._news.wait_for(lambda: self._marks[name] >= times)  # noqa: B023 - awaited here
+                await self._happened(name, times)
             yield b"%d" % self._marks[name]
 
     async def _hold(self, name: str) -> None:
-        await self._mark(f"held {name}")
+        self._mark(f"held {name}")
         try:
-            async with self._news:
-                await self._news.wait_for(lambda: self._marks[f"released {name}"])
+            await self._happened(f"released {name}", 1)
         except asyncio.CancelledError:
-            # Not here: what is cancelled should not wait for a lock.
-            asyncio.get_running_loop().create_task(self._mark(f"cancelled {name}"))  # noqa: RUF006 - it is short
+            self._mark(f"cancelled {name}")
             raise
 
-    async def _mark(self, name: str) -> None:
-        async with self._news:
-            self._marks[name] += 1
-            self._news.notify_all()
+    async def _happened(self, name: str, times: int) -> None:
+        if self._marks[name] < times:
+            future = asyncio.get_running_loop().create_future()
+            self._waiting.append((name, times, future))
+            await future
+
+    def _mark(self, name: str) -> None:
+        self._marks[name] += 1
+        for waiting in [entry for entry in self._waiting if entry[0] == name and self._marks[name] >= entry[1]]:
+            self._waiting.remove(waiting)
+            if not waiting[2].done():
+                waiting[2].set_result(None)
