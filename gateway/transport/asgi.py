@@ -14,7 +14,16 @@ import grpc
 import structlog
 
 from gateway.transport.asgi_context import CONTENT_TYPE, Aborted, Context, Event, Headers, PeerGone, Receive, Send
-from gateway.transport.asgi_stream import LOOK_EVERY_S, Handler, Inbox, converse, decoded, encoded, look
+from gateway.transport.asgi_stream import (
+    LOOK_EVERY_S,
+    NOT_IMPLEMENTED,
+    Handler,
+    Inbox,
+    converse,
+    decoded,
+    encoded,
+    look,
+)
 from gateway.transport.deadlines import Deadlines
 from gateway.transport.frames import PREFIX, BadFrame, Frames, Room, frame, only, parse_timeout
 
@@ -224,6 +233,8 @@ class GrpcApp:
                 raise  # From outside.
             else:
                 self.unforeseen(context)
+        except NotImplementedError:  # What generated code raises for a method that a servicer lacks.
+            context.fail(grpc.StatusCode.UNIMPLEMENTED, NOT_IMPLEMENTED)
         except Exception:
             self.unforeseen(context)
         await context.finish()

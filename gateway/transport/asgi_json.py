@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 
 from gateway.transport.asgi import MAX_MESSAGE_BYTES, GrpcApp
 from gateway.transport.asgi_context import Aborted, Context, Event, PeerGone, Receive, Send
-from gateway.transport.asgi_stream import Handler
+from gateway.transport.asgi_stream import NOT_IMPLEMENTED, Handler
 from gateway.transport.frames import BadFrame
 
 _HTTP = {
@@ -105,6 +105,8 @@ class JsonApp:
             response = await handler.unary_unary(request, context)  # type: ignore[arg-type]
         except Aborted:
             pass
+        except NotImplementedError:
+            context.fail(grpc.StatusCode.UNIMPLEMENTED, NOT_IMPLEMENTED)
         except Exception:
             self._grpc.unforeseen(context)
         if context.status:

@@ -15,6 +15,7 @@ from gateway.transport.frames import BadFrame, Frames, Room
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
+NOT_IMPLEMENTED = "the method is not implemented"
 LOOK_EVERY_S = 0.05  # how often a call that takes long looks whether its peer is still there
 READ_AHEAD_BYTES = 65_536  # that were read and not yet taken by the handler: then reading waits
 

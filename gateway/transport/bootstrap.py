@@ -9,7 +9,7 @@ import pyvoy
 
 from gateway.settings import Settings
 
-Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | bool"
+Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool"
 
 MAX_STREAMS = 2_048  # of one connection at a time
 MAX_HEADERS_KB = 16
@@ -87,6 +87,7 @@ def _listener(name: str, address: str, settings: Settings, app: str) -> Json:
     return {
         "name": name,
         "address": where,
+        "enable_reuse_port": False,  # A second gateway on the address must fail, not share the traffic.
         "per_connection_buffer_limit_bytes": BUFFER_BYTES,
         "filter_chains": [chain],
     }

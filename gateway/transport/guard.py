@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import grpc
 import structlog
 
-from gateway.transport.asgi_stream import Handler, decoded
+from gateway.transport.asgi_stream import NOT_IMPLEMENTED, Handler, decoded
 from gateway.transport.frames import BadFrame, unpack
 
 _MAKERS: dict[tuple[bool, bool], Callable[..., Handler]] = {  # by request and response streaming
@@ -80,6 +80,8 @@ class GuardedServer:
         except BadFrame as error:
             too_large = grpc.StatusCode.RESOURCE_EXHAUSTED
             await context.abort(too_large if error.oversized else grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except NotImplementedError:  # What generated code raises for a method that a servicer lacks.
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, NOT_IMPLEMENTED)
         except Exception:
             self.failures += 1
             _log.exception("call failed")

@@ -13,7 +13,7 @@ from time import monotonic
 import pytest
 
 from entitlement.v1 import ledger_pb2
-from gateway.cli.stack import DevStack, Name
+from gateway.cli.stack import START_ORDER, DevStack, Name
 from gateway.client import Client
 from tests.stacks import Site, on_sockets, persist, price_of, put_catalogue, site
 from tests.traffic import Answer, Traffic, audit, balances_add_up, by_client, by_stub, flowing
@@ -114,8 +114,9 @@ async def test_decisions_go_on_while_the_ledger_is_away(fragile: DevStack, seed:
         print(f"without a ledger: {await proven(at, traffic.answers)}")
 
 
-async def test_a_stack_that_is_stopped_and_started_again_has_its_balances(
-    transport: str, folders: Callable[[], Path], seed: int
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+async def test_a_stack_that_ends_whole_and_is_started_again_has_its_balances(
+    transport: str, folders: Callable[[], Path], seed: int, how: str
 ) -> None:
     random, folder = Random(seed), folders()
     first, second = on_sockets(folder, transport), on_sockets(folder, transport)
@@ -129,6 +130,8 @@ async def test_a_stack_that_is_stopped_and_started_again_has_its_balances(
             async with flowing(traffic_after := Traffic(by_stub(at), customers, random)):
                 await traffic_after.more(500)
             before = {customer: await at.balance(customer) for customer in customers}
+        for name in START_ORDER if how == "killed" else ():
+            await asyncio.to_thread(first.kill, name)
         await asyncio.to_thread(first.stop)
         await asyncio.to_thread(second.start)
         async with site(second) as at:
@@ -136,7 +139,8 @@ async def test_a_stack_that_is_stopped_and_started_again_has_its_balances(
             assert after == before
             async with flowing(more := Traffic(by_stub(at), customers, random)):
                 await more.more(200)
-            print(await proven(at, traffic.answers | traffic_after.answers | more.answers))
+            everything = traffic.answers | traffic_after.answers | more.answers
+            print(f"{how}, {await proven(at, everything)}")
     finally:
         await asyncio.to_thread(first.stop)
         await asyncio.to_thread(second.stop)
