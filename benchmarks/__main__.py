@@ -29,6 +29,7 @@ RESULTS: Final = Path(__file__).with_name("results")
 QUICK_BUDGET_S: Final = 150.0
 BUDGET_S: Final = 3 * 3600.0
 VERSIONS: Final = "1.75.0,1.83.2,1.85.1"
+ALLOCATOR: Final = "Of the hot store: jemalloc where it is installed, as production builds have it, or libc's."
 FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -39,6 +40,7 @@ FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--trials", type=click.IntRange(1, 50), help="Runs of every arm.  [default: 5, quick: 1]")
 @click.option("--trace", type=FILE, help="An LLM trace in CSV.  [default: found beside the project, or generated]")
 @click.option("--grpcio-versions", is_flag=False, flag_value=VERSIONS, default="", help="Others to try; installs them.")
+@click.option("--allocator", type=click.Choice(["auto", "libc"]), default="auto", show_default=True, help=ALLOCATOR)
 @click.option("--pin/--no-pin", default=True, show_default=True, help="The gateway has the first core for itself.")
 @click.pass_context
 def main(
@@ -49,6 +51,7 @@ def main(
     trials: int | None,
     trace: Path | None,
     grpcio_versions: str,
+    allocator: str,
     pin: bool,
 ) -> None:
     """Measures the product with real processes on this machine; exits with 1 when a number is void.
@@ -70,7 +73,8 @@ def main(
         budget_s=QUICK_BUDGET_S if quick else BUDGET_S,
     )
     with interruptible(130):
-        results = measure(plan, trace or find_trace(), versions, pinned=pin)
+        bed = _bed(plan, preload=machine.jemalloc() if allocator == "auto" else "", pinned=pin)
+        results = measure(bed, plan, trace or find_trace(), versions)
     file = write(results, out)
     terminal.show_all(results, file)
     if results.problems:
@@ -100,15 +104,23 @@ def _check() -> None:
         raise click.ClickException(f"the Envoy transport cannot run here: {missing}")
 
 
-def measure(plan: run.Plan, trace: Path | None, grpcio: tuple[str, ...], *, pinned: bool) -> Results:
+def _bed(plan: run.Plan, *, preload: str, pinned: bool) -> Bed:
+    if not preload:
+        say("the hot store runs on libc's allocator, which costs it more the more it holds (see --allocator)")
+    sizes = Sizes(500, 50, 450) if plan.quick else Sizes()
+    if plan.scenarios and "cold" not in plan.scenarios:
+        sizes = msgspec.structs.replace(sizes, cold=0)
+    try:
+        return Bed(sizes, pinned=pinned, preload=preload)
+    except GeneratorMissing as missing:
+        raise click.ClickException(str(missing)) from None
+
+
+def measure(bed: Bed, plan: run.Plan, trace: Path | None, grpcio: tuple[str, ...]) -> Results:
     """Everything that is planned, with its targets."""
     began, started = time.monotonic(), datetime.now(UTC)
     budget = run.Budget(plan.budget_s)
     facts = machine.facts()
-    try:
-        bed = Bed(Sizes(500, 50, 450) if plan.quick else Sizes(), pinned=pinned)
-    except GeneratorMissing as missing:
-        raise click.ClickException(str(missing)) from None
     try:
         say(f"preparing {sum(msgspec.structs.astuple(bed.sizes)):,} customers")
         bed.prepare()
@@ -129,21 +141,21 @@ def measure(plan: run.Plan, trace: Path | None, grpcio: tuple[str, ...], *, pinn
         command="python -m benchmarks" + (" --quick" if plan.quick else ""),
         machine=facts,
         versions=machine.versions(*bed.versions),
-        settings=settings(bed, pinned=pinned),
+        settings=settings(bed),
         scenarios=tuple(done),
         problems=tuple(run.problems(done)),
     )
-    lines = targets.table(results) + targets.versions_of_grpcio(results)
-    return msgspec.structs.replace(results, targets=lines)
+    return msgspec.structs.replace(results, targets=targets.table(results))
 
 
-def settings(bed: Bed, *, pinned: bool) -> dict[str, str]:
+def settings(bed: Bed) -> dict[str, str]:
     return {
         "customers": f"{bed.sizes.rich:,} with credit, {bed.sizes.poor:,} almost without, {bed.sizes.cold:,} cold",
         "cores": f"gateway alone on core {bed.cores[0]}, everything else on {bed.cores[1:]}"
         if bed.cores
         else "not pinned",
         "valkey": "append-only file, fsync every second, noeviction, Unix socket",
+        "valkey's allocator": Path(bed.preload).name or "libc's",
         "postgresql": "defaults (fsync on), Unix socket; track_commit_timestamp on, to read the journal's lag",
         "gateway": "idempotency, journal and thresholds (80, 90, 100, 150 %) on; plaintext HTTP/2 on loopback",
         "ledger_sync": "stands still while capacity is measured, catches up before the gate; runs in the rest",

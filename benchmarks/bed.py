@@ -44,8 +44,10 @@ class Sizes(msgspec.Struct, frozen=True):
 class Bed:
     """Makes stacks. Everything lies in one temporary folder, which goes with it."""
 
-    def __init__(self, sizes: Sizes, *, pinned: bool = True) -> None:
+    def __init__(self, sizes: Sizes, *, pinned: bool = True, preload: str = "") -> None:
+        """`preload`: a library that the hot store's server loads first, such as the allocator of a production build."""
         self.sizes = sizes
+        self.preload = preload
         cores = sorted(os.sched_getaffinity(0))
         self.cores: tuple[int, ...] = tuple(cores) if pinned and len(cores) > 1 else ()
         self.folder = Path(tempfile.mkdtemp(prefix="entitlement-bench-"))
@@ -95,8 +97,9 @@ class Bed:
     @contextmanager
     def _running(self, folder: Path, transport: str) -> Iterator[Site]:
         deaths: list[str] = []
-        env = {"ENTITLEMENT_GATEWAY_TRANSPORT": transport, "ENTITLEMENT_GATEWAY_REFLECTION": "false"}
-        stack = DevStack(folder, env={"gateway": env}, report=deaths.append)
+        gateway = {"ENTITLEMENT_GATEWAY_TRANSPORT": transport, "ENTITLEMENT_GATEWAY_REFLECTION": "false"}
+        hot = {"LD_PRELOAD": self.preload} if self.preload else {}
+        stack = DevStack(folder, env={"gateway": gateway, "valkey": hot}, report=deaths.append)
         stack.start()
         try:
             site = Site(stack, self.generator, self.cores, self._base, deaths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 import platform
 import re
@@ -41,6 +42,11 @@ def versions(valkey: str = "", postgres: str = "") -> dict[str, str]:
     for tool, ask in (("h2load", "--version"), ("redis-benchmark", "--version"), ("go", "version")):
         found[tool] = _said(tool, ask) if shutil.which(tool) else "not installed"
     return found
+
+
+def jemalloc() -> str:
+    """The allocator that builds of Redis and Valkey for Linux have, where it is installed (Debian: libjemalloc2)."""
+    return ctypes.util.find_library("jemalloc") or ""
 
 
 def fdatasync_us(times: int = 50) -> float:

@@ -123,6 +123,17 @@ class Results(msgspec.Struct, frozen=True):
         of = found.arm(arm) if found else None
         return of.measured(measure) if of else []
 
+    def pairs(self, one: tuple[str, str, str], other: tuple[str, str, str]) -> list[tuple[Measure, Measure]]:
+        """Two measures (scenario, arm, name) of each trial in which both are clean: runs next to each other in time."""
+        ones, others = self._by_trial(*one), self._by_trial(*other)
+        return [(ones[number], others[number]) for number in sorted(ones.keys() & others.keys())]
+
+    def _by_trial(self, scenario: str, arm: str, name: str) -> dict[int, Measure]:
+        found = self.scenario(scenario)
+        of = found.arm(arm) if found else None
+        trials = [(trial.number, trial.measure(name)) for trial in of.trials if not trial.problems] if of else []
+        return {number: measure for number, measure in trials if measure is not None}
+
 
 def encode(results: Results) -> bytes:
     return msgspec.json.encode(results) + b"\n"

@@ -22,6 +22,10 @@ from gateway.cli.child import ChildFailed
 
 Say = Callable[[str], None]
 
+BELOW_SATURATION: Final = 70  # percent of the capacity, in an open loop
+MAX_OTHERS: Final = 0.1  # cores that other programs may use without being mentioned
+MAX_LATENESS_MS: Final = 1.0
+
 # What may go wrong with a run without ending the others: its figures are void.
 _BROKEN: Final = (
     *(GeneratorFailed, ChildFailed, grpc.RpcError, PostgresError, RedisError, EntitlementError),
@@ -59,7 +63,7 @@ def run_scenario(scenario: Scenario, session: Session, budget: Budget, say: Say)
         session.end_scenario()
     results = tuple(ArmResult(arm.name, arm.what, tuple(trials[arm.name]), arm.throughput) for arm in arms)
     notes = [f"{left_out} runs were left out: the time was over"] if left_out else []
-    notes += void_notes(results)
+    notes += void_notes(results) + noise_notes(results)
     return ScenarioResult(scenario.name, scenario.what, results, tuple(notes), round(time.monotonic() - began, 1))
 
 
@@ -70,6 +74,19 @@ def void_notes(arms: Sequence[ArmResult]) -> list[str]:
         for arm in arms
         if arm.throughput and is_void([measure.rate for measure in arm.measured(arm.throughput)])
     ]
+
+
+def noise_notes(arms: Sequence[ArmResult]) -> list[str]:
+    """What was in the way: other programs at work meanwhile, a generator that could not keep its own times."""
+    measures = [(arm.name, measure) for arm in arms for trial in arm.trials for measure in trial.measures]
+    notes = []
+    busy = max(((m.others_cpu, f"{arm}, {m.name}") for arm, m in measures), default=(0.0, ""))
+    if busy[0] > MAX_OTHERS:
+        notes.append(f"noisy: other programs used up to {busy[0]:.2f} cores ({busy[1]})")
+    late = max(((m.lateness_ns.percentile(99) / 1e6, f"{arm}, {m.name}") for arm, m in measures), default=(0.0, ""))
+    if late[0] > MAX_LATENESS_MS:
+        notes.append(f"the generator itself sent up to {late[0]:.1f} ms late at its p99 ({late[1]}); it is counted")
+    return notes
 
 
 def _run(arm: Arm, number: int, session: Session) -> Trial:
@@ -85,8 +102,8 @@ def _run(arm: Arm, number: int, session: Session) -> Trial:
 
 def failures(measure: Measure) -> list[str]:
     """What must not happen below saturation: a call that fails. Beyond it, it is what is measured."""
-    beyond = measure.offered_rate > 0 and measure.name.startswith("open ")
-    if not measure.failed or beyond:
+    percent = measure.name.removeprefix("open ")
+    if not measure.failed or (percent.isdigit() and int(percent) > BELOW_SATURATION):
         return []
     return [f"{measure.name}: {measure.failed} {measure.example}".rstrip()]
 

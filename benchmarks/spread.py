@@ -41,8 +41,8 @@ def order(arms: Sequence[Arm], trials: int) -> list[tuple[int, Arm]]:
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
-    """Trial by trial: what is next to each other in time is compared."""
-    return [top / bottom for top, bottom in zip(numerators, denominators, strict=False) if bottom]
+    """Trial by trial: what was next to each other in time is compared."""
+    return [top / bottom for top, bottom in zip(numerators, denominators, strict=True) if bottom]
 
 
 def is_void(rates: Iterable[float]) -> bool:

@@ -9,42 +9,50 @@ from benchmarks.model import Measure, Results, Target
 from benchmarks.spread import is_void, ratios, spread
 
 Judge = Callable[[Results], Target]
+Where = tuple[str, str]  # scenario and arm
+
+UNARY: Final[Where] = ("unary", "envoy")
+BATCH: Final[Where] = ("batch", "envoy")
+REDIS: Final[Where] = ("batch", "redis")
+DRAIN: Final[Where] = ("drain", "envoy")
+COLD: Final[Where] = ("cold", "envoy")
+MILLION: Final = 1_000_000
+
+
+class Line:
+    """A line of the table in the making. `sets`: the trials that it stands on; one that is void makes it void."""
+
+    def __init__(self, results: Results, what: str, *sets: Where) -> None:
+        self._results = results
+        self._what = what
+        self._sets = sets
+        self.notes: list[str] = []
+
+    def at_most(self, limit: float, unit: str, values: Sequence[float]) -> Target:
+        return self._judged(f"≤ {number(limit)}{unit}", unit, values, lambda value: value <= limit)
+
+    def at_least(self, limit: float, unit: str, values: Sequence[float]) -> Target:
+        return self._judged(f"≥ {number(limit)}{unit}", unit, values, lambda value: value >= limit)
+
+    def _judged(self, wanted: str, unit: str, values: Sequence[float], holds: Callable[[float], bool]) -> Target:
+        found = spread(values)
+        if found is None:
+            return Target(self._what, wanted, "not measured", None, "; ".join(self.notes))
+        text = f"{number(found.median)}{unit}"
+        if found.count > 1:
+            text += f" ({number(found.low)}–{number(found.high)})"
+        void = [" ".join(where) for where in self._sets if _is_void(self._results, *where)]
+        if void:
+            self.notes.append(f"void: throughput of {' and '.join(void)} varied by more than a tenth")
+        return Target(self._what, wanted, text, None if void else holds(found.median), "; ".join(self.notes))
 
 
 def table(results: Results) -> tuple[Target, ...]:
-    return tuple(judge(results) for judge in _JUDGES)
-
-
-def _at_most(
-    what: str, limit: float, unit: str, values: Sequence[float], note: str = "", *, void: bool = False
-) -> Target:
-    return _judged(what, f"≤ {number(limit)}{unit}", unit, values, lambda value: value <= limit, note, void)
-
-
-def _at_least(
-    what: str, limit: float, unit: str, values: Sequence[float], note: str = "", *, void: bool = False
-) -> Target:
-    return _judged(what, f"≥ {number(limit)}{unit}", unit, values, lambda value: value >= limit, note, void)
-
-
-def _judged(
-    what: str,
-    wanted: str,
-    unit: str,
-    values: Sequence[float],
-    holds: Callable[[float], bool],
-    note: str,
-    void: bool,
-) -> Target:
-    found = spread(values)
-    if found is None:
-        return Target(what, wanted, "not measured", None, note)
-    text = f"{number(found.median)}{unit}"
-    if found.count > 1:
-        text += f" ({number(found.low)}–{number(found.high)})"
-    if void:
-        return Target(what, wanted, text, None, f"{note}; void: throughput varied by more than a tenth".lstrip("; "))
-    return Target(what, wanted, text, holds(found.median), note)
+    """Every target, in the order of the table, and a line for each other grpcio that was tried."""
+    scenario = results.scenario("unary")
+    names = [arm.name.removeprefix("empty grpcio ") for arm in scenario.arms] if scenario else []
+    others = [_against_empty(name) for name in names if name[:1].isdigit()]
+    return tuple(judge(results) for judge in (*_JUDGES[:2], *others, *_JUDGES[2:]))
 
 
 def number(value: float) -> str:
@@ -64,138 +72,148 @@ def rates(measures: Sequence[Measure]) -> list[float]:
     return [measure.rate for measure in measures]
 
 
-def _void(results: Results, scenario: str, arm: str, measure: str) -> bool:
-    return is_void(rates(results.measured(scenario, arm, measure)))
+def percentiles_ms(measures: Sequence[Measure], percent: float) -> list[float]:
+    return [measure.percentile_us(percent) / 1e3 for measure in measures]
+
+
+def _split(pairs: Sequence[tuple[Measure, Measure]]) -> tuple[list[Measure], list[Measure]]:
+    return [one for one, _ in pairs], [other for _, other in pairs]
+
+
+def _is_void(results: Results, scenario: str, arm: str) -> bool:
+    found = results.scenario(scenario)
+    of = found.arm(arm) if found else None
+    return of is not None and bool(of.throughput) and is_void(rates(of.measured(of.throughput)))
 
 
 def _unary_cpu(results: Results) -> Target:
-    measures = results.measured("unary", "envoy", "capacity")
-    void = _void(results, "unary", "envoy", "capacity")
-    return _at_most("gateway CPU a unary decision, Envoy transport", 60, " µs", cpu(measures, "gateway"), void=void)
+    line = Line(results, "gateway CPU a unary decision, Envoy transport", UNARY)
+    return line.at_most(60, " µs", cpu(results.measured(*UNARY, "capacity"), "gateway"))
 
 
 def _against_empty(version: str = "") -> Judge:
     arm = f"empty grpcio {version}".rstrip()
 
     def judge(results: Results) -> Target:
-        ours = cpu(results.measured("unary", "envoy", "capacity"), "gateway")
-        empty = cpu(results.measured("unary", arm, "capacity"), "gateway")
         which = version or f"{results.versions.get('grpcio', '?')}, pinned"
-        found = spread(empty)
-        note = f"an empty handler takes {number(found.median)} µs" if found else ""
-        what = f"the same, as a share of an empty grpc.aio handler's ({which})"
-        return _at_most(what, 0.5, "", ratios(ours, empty), note)
+        line = Line(results, f"the same, as a share of an empty grpc.aio handler's ({which})", UNARY, ("unary", arm))
+        ours, empty = _split(results.pairs((*UNARY, "capacity"), ("unary", arm, "capacity")))
+        if found := spread(cpu(empty, "gateway")):
+            line.notes.append(f"an empty handler takes {number(found.median)} µs")
+        return line.at_most(0.5, "", ratios(cpu(ours, "gateway"), cpu(empty, "gateway")))
 
     return judge
 
 
 def _batch_cpu(measure: str, what: str) -> Judge:
     def judge(results: Results) -> Target:
-        values = cpu(results.measured("batch", "envoy", measure), "gateway")
-        return _at_most(
-            f"gateway CPU a decision, {what}", 8, " µs", values, void=_void(results, "batch", "envoy", measure)
-        )
+        line = Line(results, f"gateway CPU a decision, {what}", BATCH)
+        return line.at_most(8, " µs", cpu(results.measured(*BATCH, measure), "gateway"))
 
     return judge
 
 
 def _against_redis(measure: str, what: str) -> Judge:
     def judge(results: Results) -> Target:
-        limit = results.measured("batch", "redis", "redis-benchmark") or results.measured("batch", "redis", "evalsha")
-        name = limit[0].name if limit else "redis-benchmark"
-        found = spread(rates(limit))
-        note = f"{name}: {number(found.median)}/s" if found else ""
-        values = ratios(rates(results.measured("batch", "envoy", measure)), rates(limit))
-        return _at_least(f"decisions/s, {what}, as a share of Redis alone with the same script", 0.8, "", values, note)
+        line = Line(results, f"decisions/s, {what}, as a share of Redis alone with the same script", BATCH, REDIS)
+        by = "redis-benchmark" if results.measured(*REDIS, "redis-benchmark") else "evalsha"
+        ours, limit = _split(results.pairs((*BATCH, measure), (*REDIS, by)))
+        if found := spread(rates(limit)):
+            line.notes.append(f"{by}: {number(found.median)}/s")
+        return line.at_least(0.8, "", ratios(rates(ours), rates(limit)))
 
     return judge
 
 
-def _round_trips(measure: str, scenario: str, limit: float, what: str) -> Judge:
+def _round_trips(where: Where, measure: str, limit: float, what: str) -> Judge:
     def judge(results: Results) -> Target:
-        values = [m.redis["reads"] for m in results.measured(scenario, "envoy", measure) if "reads" in m.redis]
-        return _at_most(f"Redis round trips a decision, {what}", limit, "", values)
+        values = [m.redis["reads"] for m in results.measured(*where, measure) if "reads" in m.redis]
+        return Line(results, f"Redis round trips a decision, {what}").at_most(limit, "", values)
 
     return judge
 
 
 def _added_latency(results: Results) -> Target:
-    ours = results.measured("unary", "envoy", "alone")
-    empty = results.measured("unary", "empty envoy", "alone")
-    trip = spread([m.percentile_us(50) for m in results.measured("batch", "redis", "evalsha alone")])
     what = "added p50, one in flight, over the same call to nothing"
+    line = Line(results, what, UNARY)
+    pairs = results.pairs((*UNARY, "alone"), ("unary", "empty envoy", "alone"))
+    trip = spread([m.percentile_us(50) for m in results.measured(*REDIS, "evalsha alone")])
     if trip is None:
-        return Target(what, "≤ a Redis round trip + 200 µs", "not measured", None)
-    added = [o.percentile_us(50) - e.percentile_us(50) for o, e in zip(ours, empty, strict=False)]
-    note = f"a round trip of the script is {number(trip.median)} µs; no receipt is written here, so no fdatasync counts"
-    return _at_most(what, trip.median + 200, " µs", added, note)
+        return Target(what, "≤ a round trip + 200 µs", "not measured", None)
+    line.notes.append(
+        f"a round trip of the script is {number(trip.median)} µs; no receipt, so no fdatasync is allowed for"
+    )
+    added = [ours.percentile_us(50) - empty.percentile_us(50) for ours, empty in pairs]
+    return line.at_most(trip.median + 200, " µs", added)
 
 
 def _open(measure: str, percent: float, limit_ms: float, note: str = "") -> Judge:
     def judge(results: Results) -> Target:
-        values = [m.percentile_us(percent) / 1e3 for m in results.measured("unary", "envoy", measure)]
-        return _at_most(f"open loop at 50 % of own capacity: p{percent:g}", limit_ms, " ms", values, note)
+        line = Line(results, f"open loop at 50 % of own capacity: p{percent:g}{note}", UNARY)
+        return line.at_most(limit_ms, " ms", percentiles_ms(results.measured(*UNARY, measure), percent))
 
     return judge
 
 
 def _hot_key(measure: str, what: str) -> Judge:
     def judge(results: Results) -> Target:
-        one, all_ = (rates(results.measured("keys", arm, measure)) for arm in ("one", "uniform"))
-        return _at_least(f"throughput on one customer, as a share of uniform: {what}", 0.8, "", ratios(one, all_))
+        one, all_ = _split(results.pairs(("keys", "one", measure), ("keys", "uniform", measure)))
+        line = Line(results, f"{what} on one customer, as a share of uniform", ("keys", "one"), ("keys", "uniform"))
+        return line.at_least(0.8, "", ratios(rates(one), rates(all_)))
 
     return judge
 
 
+def _sizes(results: Results) -> list[str]:
+    scenario = results.scenario("growth")
+    return sorted((arm.name for arm in scenario.arms if arm.trials), key=int) if scenario else []
+
+
 def _growth(measure: str, what: str) -> Judge:
     def judge(results: Results) -> Target:
-        scenario = results.scenario("growth")
-        sizes = sorted((int(arm.name) for arm in scenario.arms if arm.measured(measure)) if scenario else [])
-        label = f"cost of a decision at 1,000,000 customers over 1,000: {what}"
-        if len(sizes) < 2:
-            return Target(label, "≤ 1.10", "not measured", None)
-        few, many = (
-            cpu(results.measured("growth", str(size), measure), "gateway", "redis") for size in (sizes[0], sizes[-1])
-        )
-        note = "" if sizes[-1] == 1_000_000 else f"at {sizes[-1]:,} only"
-        return _at_most(label, 1.1, "", ratios(many, few), f"CPU of gateway and Redis; {note}".rstrip("; "))
+        few, many = (_sizes(results) or ["", ""])[0], (_sizes(results) or ["", ""])[-1]
+        line = Line(results, f"cost of {what} with 1,000,000 customers over 1,000", ("growth", few), ("growth", many))
+        line.notes.append("CPU of gateway and Redis")
+        if few == many:
+            return line.at_most(1.1, "", [])
+        if int(many) < MILLION:
+            line.notes.append(f"with {int(many):,} only")
+        small, large = _split(results.pairs(("growth", few, measure), ("growth", many, measure)))
+        return line.at_most(1.1, "", ratios(cpu(large, "gateway", "redis"), cpu(small, "gateway", "redis")))
 
     return judge
 
 
 def _memory(results: Results) -> Target:
-    scenario = results.scenario("growth")
-    sizes = sorted((int(arm.name) for arm in scenario.arms) if scenario else [])
-    measures = results.measured("growth", str(sizes[-1]), "installed") if sizes else []
+    measures = results.measured("growth", (_sizes(results) or [""])[-1], "installed")
     values = [measure.extra["bytes a customer"] for measure in measures]
-    return _at_most("Redis memory a customer without history", 1_000, " bytes", values)
+    return Line(results, "Redis memory a customer without history").at_most(1_000, " bytes", values)
 
 
 def _drain_rate(results: Results) -> Target:
-    drained, capacity = (rates(results.measured("drain", "envoy", name)) for name in ("drain", "capacity"))
-    found = spread(drained)
-    note = f"{number(found.median)} records/s" if found else ""
-    return _at_least(
-        "ledger drain, as a share of the unary rate of one gateway core", 1.0, "", ratios(drained, capacity), note
-    )
+    drained, capacity = _split(results.pairs((*DRAIN, "drain"), (*DRAIN, "capacity")))
+    line = Line(results, "ledger drain, as a share of the unary rate of one gateway core", DRAIN)
+    if found := spread(rates(drained)):
+        line.notes.append(f"{number(found.median)} records/s")
+    return line.at_least(1.0, "", ratios(rates(drained), rates(capacity)))
 
 
 def _lag(results: Results) -> Target:
-    values = [m.percentile_us(99) / 1e3 for m in results.measured("drain", "envoy", "lag")]
-    return _at_most("journal to ledger under half of that rate: p99", 1_000, " ms", values)
+    values = percentiles_ms(results.measured(*DRAIN, "lag"), 99)
+    return Line(results, "journal to ledger under half of that rate: p99", DRAIN).at_most(1_000, " ms", values)
 
 
 def _cold_one(results: Results) -> Target:
-    values = [m.percentile_us(99) / 1e3 for m in results.measured("cold", "envoy", "install")]
-    return _at_most("first call of a cold account: p99", 25, " ms", values)
+    values = percentiles_ms(results.measured(*COLD, "install"), 99)
+    return Line(results, "first call of a cold account: p99", COLD).at_most(25, " ms", values)
 
 
 def _cold_all(results: Results) -> Target:
-    measures = results.measured("cold", "envoy", "all at once")
-    values = [10_000 / measure.rate for measure in measures if measure.rate]
-    count = measures[0].decisions if measures else 0
-    note = "" if not count or count >= 10_000 else f"from {count:,}"
-    return _at_most("10,000 cold accounts", 10, " s", values, note)
+    measures = results.measured(*COLD, "all at once")
+    line = Line(results, "10,000 cold accounts", COLD)
+    if measures and measures[0].decisions < 10_000:
+        line.notes.append(f"from {measures[0].decisions:,}")
+    return line.at_most(10, " s", [10_000 / measure.rate for measure in measures if measure.rate])
 
 
 _JUDGES: Final[tuple[Judge, ...]] = (
@@ -205,26 +223,20 @@ _JUDGES: Final[tuple[Judge, ...]] = (
     _batch_cpu("stream", "on a stream"),
     _against_redis("batch 64", "batches of 64"),
     _against_redis("stream", "on a stream"),
-    _round_trips("alone", "unary", 1.05, "alone"),
-    _round_trips("batch 64", "batch", 1 / 32, "in batches of 64"),
+    _round_trips(UNARY, "alone", 1.05, "alone"),
+    _round_trips(BATCH, "batch 64", 1 / 32, "in batches of 64"),
     _added_latency,
     _open("open 50", 99, 5),
     _open("open 50", 99.9, 20),
-    _open("open 50 whole", 99, 5, "with ledger_sync and PostgreSQL at work on the same cores"),
-    _hot_key("capacity", "calls"),
-    _hot_key("batch 64", "batches of 64"),
-    _growth("capacity", "calls"),
-    _growth("batch 64", "batches of 64"),
+    _open("open 50 whole", 99, 5, ", ledger_sync and PostgreSQL at work on the same cores"),
+    _open("open 50 whole", 99.9, 20, ", the same"),
+    _hot_key("capacity", "calls/s"),
+    _hot_key("batch 64", "decisions/s in batches of 64"),
+    _growth("capacity", "a call"),
+    _growth("batch 64", "a decision in a batch of 64"),
     _memory,
     _drain_rate,
     _lag,
     _cold_one,
     _cold_all,
 )
-
-
-def versions_of_grpcio(results: Results) -> tuple[Target, ...]:
-    """A line for each other grpcio that was tried."""
-    scenario = results.scenario("unary")
-    names = [arm.name.removeprefix("empty grpcio ") for arm in scenario.arms] if scenario else []
-    return tuple(_against_empty(name)(results) for name in names if name[:1].isdigit())

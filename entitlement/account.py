@@ -165,6 +165,22 @@ class Account(msgspec.Struct):
         """What `settled` must reach to cross the next threshold."""
         return next_crossing(self.config, self.allowance, self.settled)
 
+    def turn(self, now_ms: int) -> int:
+        """Starts the period that holds `now_ms`; answers the overage that goes to the invoice (account.lua: roll).
+
+        Meters move to the archive, the cycle starts anew. A prepaid debt stays. `sequence` is the caller's.
+        """
+        config, closed = self.config, 0
+        self.archive |= {(self.period_start, meter): units for meter, units in self.meters.items()}
+        self.meters = {}
+        self.period_start, self.period_end = period(config.recurrence, config.anchor_ms, now_ms)
+        if config.billing is Billing.ARREARS:
+            closed, self.overage = self.overage, 0
+        self.settled, self.crossed, self.crossings = 0, (), 0
+        active = sum(grant.remaining for grant in self.grants if grant.active(now_ms))
+        self.allowance = max(0, config.credit_line + active - self.overage)
+        return closed
+
     def encode(self) -> dict[str, bytes]:
         """The fields of the hash, whole."""
         fields = {

@@ -20,7 +20,6 @@ from entitlement.errors import (
     Unavailable,
 )
 from entitlement.identity import check_id
-from entitlement.periods import period
 from entitlement.request import parse_consume
 from entitlement.v1 import gateway_pb2 as pb
 from entitlement.v1 import gateway_pb2_grpc as rpc
@@ -241,9 +240,7 @@ def balance_response(account: Account, now_ms: int) -> pb.GetBalanceResponse:
 def _as_of(account: Account, sight: Sight) -> Account:
     """The account in the period that holds the store's time: a period that ended without traffic shows as new."""
     if account.period_end and sight.now_ms >= account.period_end:
-        config = account.config
-        account.period_start, account.period_end = period(config.recurrence, config.anchor_ms, sight.now_ms)
-        account.settled = 0
+        account.turn(sight.now_ms)
     return account
 
 

@@ -250,10 +250,15 @@ class Connection:
             if got.kind == SETTINGS and not got.flags & ACK:
                 for at in range(0, size, 6):
                     if int.from_bytes(got.payload[at : at + 2], "big") == INITIAL_WINDOW_SIZE:
-                        self._window = int.from_bytes(got.payload[at + 2 : at + 6], "big")
+                        self._opened(int.from_bytes(got.payload[at + 2 : at + 6], "big"))
             if got.kind in (SETTINGS, PING) and not got.flags & ACK:
                 self._acknowledge(got)
             yield got
+
+    def _opened(self, window: int) -> None:
+        for stream in self._windows.keys() - {0}:
+            self._windows[stream] += window - self._window
+        self._window = window
 
     def _acknowledge(self, got: Frame) -> None:
         try:

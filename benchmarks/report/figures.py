@@ -19,6 +19,7 @@ CURVE = (
     99.99,
 )
 MS, PERCENTILE = Axis("latency, ms", "log"), Axis("percentile", "percentile")
+LITTLE = 0.5  # µs: what stands still and is woken now and then
 GATEWAY, REDIS, SYNC, POSTGRES = "gateway", "redis", "ledger_sync", "postgres"
 
 
@@ -119,7 +120,7 @@ def _cpu(
     for label, *where in rows:
         if measures := results.measured(*where):
             parts = tuple(middle([m.cpu_us.get(role, 0.0) for m in measures]) for role in roles)
-            found.append(Bar(label, parts, " + ".join(number(part) for part in parts if part) + " µs"))
+            found.append(Bar(label, parts, " + ".join(number(part) for part in parts if part >= LITTLE) + " µs"))
     return bars(found, roles, mark if found else 0.0, text)
 
 

@@ -94,10 +94,7 @@ def _section(title: str, body: str, what: str = "") -> str:
 
 def _problems(problems: Sequence[str]) -> str:
     if not problems:
-        return (
-            "<p>The correctness gate held in every run: granted = consumed + remaining for every customer, journal ="
-            " ledger, no overspend, replays equal.</p>"
-        )
+        return f"<p>{HELD}</p>"
     items = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
     return f'<div class="problems"><p class="missed">Void:</p><ul>{items}</ul></div>'
 
@@ -120,6 +117,10 @@ def _figures(scenario: ScenarioResult) -> str:
     )
 
 
+HELD = (
+    "The correctness gate held in every run: granted = consumed + remaining for every customer, journal = ledger, "
+    "no overspend, replays equal."
+)
 ROLES = ("gateway", "redis", "ledger_sync", "postgres", "loadgen")
 
 

@@ -26,7 +26,9 @@ class Unary:
             Arm("empty grpcio", "an empty handler on grpc.aio", partial(_empty, server.grpcio_argv()), "capacity"),
         ]
         for version in session.grpcio:
-            arms.append(Arm(f"empty grpcio {version}", f"the same on grpcio {version}", partial(_version, version)))
+            arms.append(
+                Arm(f"empty grpcio {version}", f"the same on grpcio {version}", partial(_version, version), "capacity")
+            )
         return arms
 
 

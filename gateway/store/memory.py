@@ -272,16 +272,8 @@ def cross(account: Account) -> tuple[Crossing, ...]:
 
 
 def _roll(request: Consume, account: Account, now: int) -> Rolled:
-    """The period is over: meters move to the archive, the cycle starts anew."""
-    config, closed = account.config, 0
-    account.archive |= {(account.period_start, meter): units for meter, units in account.meters.items()}
-    account.meters = {}
-    account.period_start, account.period_end = period(config.recurrence, config.anchor_ms, now)
-    if config.billing is Billing.ARREARS:
-        closed, account.overage = account.overage, 0
-    account.settled, account.crossed, account.crossings = 0, (), 0
-    active = sum(grant.remaining for grant in account.grants if grant.active(now))
-    account.allowance = max(0, config.credit_line + active - account.overage)
+    """The period is over: the page turns, in a record of its own."""
+    closed = account.turn(now)
     account.sequence += 1
     return Rolled(
         tenant=request.tenant,

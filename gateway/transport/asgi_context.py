@@ -181,10 +181,21 @@ class Context:
 
     async def send(self, event: Event) -> None:
         try:
-            await self._send(event)
+            sent = self._send(event)
+            if asyncio.isfuture(
+                sent
+            ):  # It is the server's: cancelling this call must not cancel it, nor leave it unseen.
+                sent.add_done_callback(_seen)
+                sent = asyncio.shield(sent)
+            await sent
         except OSError:  # What ASGI servers raise when the peer has gone.
             self.gone = True
             raise PeerGone from None
+
+
+def _seen(future: asyncio.Future[None]) -> None:
+    if not future.cancelled():
+        future.exception()
 
 
 def _header(name: str, value: str | bytes) -> tuple[bytes, bytes]:

@@ -34,12 +34,13 @@ class Wire(asyncio.WriteTransport):
     def __init__(self) -> None:
         super().__init__()
         self.writes: list[bytes] = []
+        self.aborted = False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.writes.append(bytes(data))
 
     def abort(self) -> None:
-        pass
+        self.aborted = True
 
 
 async def turn() -> None:

@@ -135,13 +135,19 @@ async def test_a_balance_tells_available_held_settled_overage_gate_and_quotas_ap
     assert gateway.journal() == []
 
 
-async def test_a_balance_after_its_period_s_end_is_that_of_the_new_one(gateway: Rig) -> None:
+@pytest.mark.parametrize("billing", [Billing.PREPAID, Billing.ARREARS])
+async def test_a_balance_after_its_period_s_end_is_what_the_next_call_finds(gateway: Rig, billing: Billing) -> None:
     now = gateway.bench.now()
-    ended = period(Recurrence.DAY, (now - DAY // 2) % DAY, now - 3 * DAY)
-    terms = {"recurrence": Recurrence.DAY, "anchor_ms": (now - DAY // 2) % DAY, "period": ended}
-    gateway.bench.put(account(HotGrant(1, 1_000), settled=900, **terms))  # type: ignore[arg-type]
+    anchor = (now - DAY // 2) % DAY
+    terms = {"recurrence": Recurrence.DAY, "anchor_ms": anchor, "period": period(Recurrence.DAY, anchor, now - 3 * DAY)}
+    terms |= {"billing": billing, "gate_percent": 150, "overage": 300, "settled": 900, "allowance": 5_000}
+    gateway.bench.put(account(HotGrant(1, 1_000), HotGrant(2, 9, 0, now - 1), **terms))  # type: ignore[arg-type]
     balance = await gateway.balance()
-    assert (balance.settled_nanos, balance.available_nanos) == (0, 1_000)
+    assert (balance.settled_nanos, balance.sequence) == (0, 0)
+    found = (await gateway.consume("k1", (TOKENS, 1), mode=pb.MODE_CHECK_ONLY)).balance
+    assert found.available_nanos == (1_000 if billing is Billing.ARREARS else 700)
+    balance.sequence = found.sequence  # The page turned with the call.
+    assert balance == found
 
 
 async def test_a_balance_waits_for_the_sequence_that_it_was_asked_for(gateway: Rig) -> None:
