@@ -49,9 +49,9 @@ async def stub(gateway: GatewayProcess) -> AsyncIterator[EntitlementGatewayStub]
 
 @pytest.fixture
 def held(store: ValkeyProcess) -> Iterator[redis.Redis]:
-    """The store answers nothing until `client_unpause`, or the end of the test."""
+    """The store decides nothing until `client_unpause`, or the end of the test."""
     with redis.Redis.from_url(store.url, socket_timeout=DEADLINE_S) as client:
-        client.execute_command("CLIENT", "PAUSE", HELD_MS, "ALL")
+        client.execute_command("CLIENT", "PAUSE", HELD_MS, "WRITE")
         yield client
         client.client_unpause()
 
@@ -130,7 +130,7 @@ async def test_what_is_in_flight_when_the_gateway_is_told_to_stop_is_decided(
             stub = EntitlementGatewayStub(channel)
             await stub.CheckAndConsume(asked(), timeout=DEADLINE_S)
             with redis.Redis.from_url(store.url, socket_timeout=DEADLINE_S) as client:
-                client.execute_command("CLIENT", "PAUSE", HELD_MS, "ALL")
+                client.execute_command("CLIENT", "PAUSE", HELD_MS, "WRITE")
                 calls = [asyncio.ensure_future(stub.CheckAndConsume(asked(), timeout=DEADLINE_S)) for _ in range(201)]
                 await in_flight(calls, 1)
                 process.terminate()
