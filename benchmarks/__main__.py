@@ -154,7 +154,7 @@ def settings(bed: Bed) -> dict[str, str]:
         "cores": f"gateway alone on core {bed.cores[0]}, everything else on {bed.cores[1:]}"
         if bed.cores
         else "not pinned",
-        "valkey": "append-only file, fsync every second, noeviction, Unix socket",
+        "valkey": "append-only file, fsync every second, not rewritten meanwhile; noeviction; Unix socket",
         "valkey's allocator": Path(bed.preload).name or "libc's",
         "postgresql": "defaults (fsync on), Unix socket; track_commit_timestamp on, to read the journal's lag",
         "gateway": "idempotency, journal and thresholds (80, 90, 100, 150 %) on; plaintext HTTP/2 on loopback",

@@ -120,6 +120,7 @@ class Site:
         self.base = base  # what the folder had in its books before
         self.tally = msgspec.structs.replace(base)
         self.redis = Redis(unix_socket_path=stack.redis_url.removeprefix("unix://"), socket_timeout=30)
+        self.redis.config_set("auto-aof-rewrite-percentage", 0)  # It comes when it likes, and costs a core for seconds.
         self._generator = generator
         self._cores = cores
         self._deaths = deaths

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -183,10 +184,8 @@ def test_other_content_types_are_415(curl: Curl, content: str) -> None:
 def test_a_body_over_the_limit_is_413(curl: Curl) -> None:
     answer = curl(b'{"customer": "' + b"x" * 4_194_304 + b'"}')
     assert (answer.status, answer.body["code"]) == (413, "resource_exhausted")
-    try:
+    with suppress(ConnectionError):  # It is refused before all of it was sent: who reads only then may miss why.
         assert curl(b'{"customer": "' + b"x" * 9_000_000 + b'"}').status == 413
-    except ConnectionError:
-        pass  # It is refused before all of it was sent: a client that reads only then may miss why.
 
 
 def test_a_body_in_chunks(curl: Curl) -> None:
