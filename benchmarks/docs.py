@@ -47,7 +47,7 @@ _SCENARIOS: Final = ("unary", "batch", "keys", "denials", "drain", "cold", "trac
 
 def _run(results: Results) -> str:
     trials = "one trial" if results.trials == 1 else f"{results.trials} trials"
-    how = f"`{results.command}`, {results.started[:10]}, {trials} of each, {results.seconds / 60:.0f} minutes."
+    how = f"`{results.command}`, {results.started[:10]}, {trials} of each, {results.seconds / 60:.1f} min in all."
     if results.quick:
         how += " This is a quick run: one short trial shows that everything works, and little about speed."
     return how

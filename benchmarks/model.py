@@ -32,6 +32,7 @@ class Measure(msgspec.Struct, frozen=True):
     cpu_us: dict[str, float] = {}  # per decision: gateway, redis, ledger_sync, postgres, loadgen
     cpu_share: dict[str, float] = {}  # cores used meanwhile
     others_cpu: float = 0.0  # cores used by anything that is not ours
+    stolen_cpu: float = 0.0  # cores that the hypervisor kept for others
     redis: dict[str, float] = {}  # per decision: calls of scripts, reads (round trips), bytes
     extra: dict[str, float] = {}
     example: str = ""  # of a failure

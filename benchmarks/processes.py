@@ -40,11 +40,11 @@ def cpu_s(root: int) -> float:
     return total
 
 
-def machine_busy_s() -> float:
-    """Seconds that all cores together have worked, for anybody."""
+def machine_s() -> tuple[float, float]:
+    """Seconds that all cores together have worked, for anybody, and those that a hypervisor has kept from them."""
     fields = (_PROC / "stat").read_text().splitlines()[0].split()[1:]
-    user, nice, system, _, _, irq, softirq = map(int, fields[:7])
-    return (user + nice + system + irq + softirq) / TICKS
+    user, nice, system, _, _, irq, softirq, stolen = map(int, fields[:8])
+    return (user + nice + system + irq + softirq) / TICKS, stolen / TICKS
 
 
 def resident_bytes(root: int) -> int:

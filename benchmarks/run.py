@@ -24,6 +24,7 @@ Say = Callable[[str], None]
 
 BELOW_SATURATION: Final = 70  # percent of the capacity, in an open loop
 MAX_OTHERS: Final = 0.1  # cores that other programs may use without being mentioned
+MAX_STOLEN: Final = 0.02  # cores
 MAX_LATENESS_MS: Final = 1.0
 
 # What may go wrong with a run without ending the others: its figures are void.
@@ -83,6 +84,9 @@ def noise_notes(arms: Sequence[ArmResult]) -> list[str]:
     busy = max(((m.others_cpu, f"{arm}, {m.name}") for arm, m in measures), default=(0.0, ""))
     if busy[0] > MAX_OTHERS:
         notes.append(f"noisy: other programs used up to {busy[0]:.2f} cores ({busy[1]})")
+    stolen = max(((m.stolen_cpu, f"{arm}, {m.name}") for arm, m in measures), default=(0.0, ""))
+    if stolen[0] > MAX_STOLEN:
+        notes.append(f"noisy: the hypervisor kept up to {stolen[0]:.2f} cores for others ({stolen[1]})")
     late = max(((m.lateness_ns.percentile(99) / 1e6, f"{arm}, {m.name}") for arm, m in measures), default=(0.0, ""))
     if late[0] > MAX_LATENESS_MS:
         notes.append(f"the generator itself sent up to {late[0]:.1f} ms late at its p99 ({late[1]}); it is counted")

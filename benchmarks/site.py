@@ -39,6 +39,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     at: float
     cpu_s: dict[str, float]
     busy_s: float
+    stolen_s: float
     redis: dict[str, float]
 
 
@@ -53,7 +54,8 @@ class Probe:
         cpu = {role: processes.cpu_s(pid) for role, pid in (dict(self._pids) | {"loadgen": loadgen}).items()}
         own = resource.getrusage(resource.RUSAGE_SELF)
         cpu["bench"] = own.ru_utime + own.ru_stime
-        return Snapshot(time.monotonic(), cpu, processes.machine_busy_s(), self._ask() if self._redis else {})
+        busy, stolen = processes.machine_s()
+        return Snapshot(time.monotonic(), cpu, busy, stolen, self._ask() if self._redis else {})
 
     def _ask(self) -> dict[str, float]:
         assert self._redis
@@ -103,6 +105,7 @@ def _measure(name: str, load: Load, outcome: Outcome, before: Snapshot, after: S
         cpu_us={role: seconds * 1e6 / decisions for role, seconds in used.items()},
         cpu_share={role: seconds / lasted for role, seconds in used.items()},
         others_cpu=max(0.0, others),
+        stolen_cpu=(after.stolen_s - before.stolen_s) / lasted,
         redis={what: amount / decisions for what, amount in redis.items()},
         example=outcome.example,
         replays_checked=outcome.replays_checked,
@@ -146,7 +149,7 @@ class Site:
     def load(self, name: str, load: Load) -> Measure:
         """Sends a load to the gateway. Keys are never used twice."""
         self._runs += 1
-        run = f"{name.replace(' ', '-')}-{self._runs}-{os.urandom(4).hex()}"
+        run = f"{name.replace(' ', '-').replace(',', '')}-{self._runs}-{os.urandom(4).hex()}"
         measure = measure_load(self._generator, self.probe(), self.stack.gateway, name, load, run)
         self.tally.add(measure)
         return measure

@@ -76,13 +76,14 @@ class GatewayProcess(ServerProcess):
 
     # What it takes of the machine, with its Envoy. Linux only.
 
-    def _pids(self) -> list[int]:
+    def pids(self) -> list[int]:
+        """Its own, and its Envoy's."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         return [self.pid, *map(int, children)]
 
     def memory(self) -> int:
         """Bytes of memory it holds now; the peak is counted from here."""
-        for pid in self._pids():
+        for pid in self.pids():
             Path(f"/proc/{pid}/clear_refs").write_text("5")
         return self._kilobytes("VmRSS:") * 1024
 
@@ -91,12 +92,12 @@ class GatewayProcess(ServerProcess):
         return self._kilobytes("VmHWM:") * 1024
 
     def _kilobytes(self, name: str) -> int:
-        lines = [line for pid in self._pids() for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
+        lines = [line for pid in self.pids() for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
         return sum(int(line.split()[1]) for line in lines if line.startswith(name))
 
     def sockets(self) -> int:
         """How many sockets are open."""
-        links = [link for pid in self._pids() for link in Path(f"/proc/{pid}/fd").iterdir()]
+        links = [link for pid in self.pids() for link in Path(f"/proc/{pid}/fd").iterdir()]
         return sum(_target(link).startswith("socket:") for link in links)
 
 

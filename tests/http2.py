@@ -273,6 +273,11 @@ class Connection:
                 return got
         return next((got for got in self.frames() if holds(got)), None)
 
+    def begins(self, stream: int) -> dict[str, str] | None:
+        """The first headers of an answer; None when the server closed before."""
+        got = self.until(lambda got: got.kind == HEADERS and got.stream == stream)
+        return None if got is None else decode(_unpadded(got))
+
     def outcome(self, stream: int) -> dict[str, str]:
         """The end of a call: its last headers or trailers, {"reset": code}, {"goaway": code} or {"closed": ""}."""
 

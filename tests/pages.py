@@ -197,7 +197,8 @@ class Desk:
 
     def _environment(self) -> dict[str, str]:
         paths = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-        return os.environ | paths | {"ENTITLEMENT_ADDRESS": self._gateway, "ENTITLEMENT_ADMIN_ADDRESS": self._admin}
+        outer = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # Not what runs us.
+        return outer | paths | {"ENTITLEMENT_ADDRESS": self._gateway, "ENTITLEMENT_ADMIN_ADDRESS": self._admin}
 
     def _start_for(self, text: str) -> None:
         """What no page needs to repeat: the README's stack."""

@@ -32,8 +32,8 @@ def _load(share: float, session: Session) -> Run:
             site.warm_up(20, Load(customers=every, count=poor.count, in_flight=CLOSED))
         with site.paused():
             loads = {
-                "capacity": closed(session, 3, 0.8),
-                "batch 64": batched(session, 64, session.count(120_000, 15_000)),
+                "capacity": closed(session, 2, 0.8),
+                "batch 64": batched(session, 64, session.count(80_000, 15_000)),
             }
             for name, load in loads.items():
                 run.measures.append(site.load(name, msgspec.structs.replace(load, poor=poor, poor_share=share)))

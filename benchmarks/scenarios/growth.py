@@ -53,7 +53,7 @@ def _grow(size: int, session: Session) -> Run:
         customers = Choice(PREFIX, size)
         site.warm_up(session.pick(1, 0.3), closed(session, 1, 0.3, customers))
         run.measures.append(site.load("capacity", closed(session, 3, 1, customers)))
-        run.measures.append(site.load("batch 64", batched(session, 64, session.count(120_000, 15_000), customers)))
+        run.measures.append(site.load("batch 64", batched(session, 64, session.count(80_000, 15_000), customers)))
         run.gate, run.problems = _gate(site)
     return run
 

@@ -30,7 +30,7 @@ def _load(customers: Choice, session: Session) -> Run:
     run = Run()
     with session.site() as site:
         with site.paused():
-            run.measures.append(site.load("capacity", closed(session, 3, 0.8, customers)))
-            count = session.count(120_000, 15_000)
+            run.measures.append(site.load("capacity", closed(session, 2, 0.8, customers)))
+            count = session.count(80_000, 15_000)
             run.measures.append(site.load("batch 64", batched(session, 64, count, customers)))
         return settled(site, run)

@@ -7,7 +7,7 @@ from functools import partial
 from benchmarks.generator import Choice, Load
 from benchmarks.limits import server, venv
 from benchmarks.model import Measure
-from benchmarks.session import CLOSED, Arm, Run, Session, closed, opened, settled
+from benchmarks.session import CLOSED, REPLAYS, Arm, Run, Session, closed, opened, settled
 from benchmarks.site import Site, measure_load
 
 STEPS = (30, 50, 70, 90, 100, 110, 130)  # percent of what the same processes did in a closed loop just before
@@ -40,6 +40,8 @@ def _gateway(transport: str, session: Session) -> Run:
             run.measures.append(site.load("alone", _alone(session)))
             capacity = site.load("capacity", closed(session, 4, 1.5))
             run.measures.append(capacity)
+            if not session.quick:
+                run.measures.append(site.load("40,000 calls", _hundred(session)))
             for percent in _steps(session) if whole else (50,):
                 run.measures.append(_open(site, session, f"open {percent}", capacity.rate * percent / 100))
         run.measures.append(_open(site, session, "open 50 whole", capacity.rate / 2))
@@ -58,6 +60,11 @@ def _open(site: Site, session: Session, name: str, rate: float) -> Measure:
 def _alone(session: Session) -> Load:
     """One call in flight."""
     return Load(customers=session.bed.rich, in_flight=1, seconds=session.pick(3, 0.8), replays=20)
+
+
+def _hundred(session: Session) -> Load:
+    """Not one of them may fail."""
+    return Load(customers=session.bed.rich, in_flight=100, count=40_000, seconds=60, replays=REPLAYS)
 
 
 def _empty(argv: list[str], session: Session) -> Run:

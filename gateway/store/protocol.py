@@ -1,4 +1,4 @@
-"""The narrow contract of the hot store. One suite, tests/contract/test_hot_store.py, runs on every implementation."""
+"""The narrow contract of the hot store. One suite, tests/contract/hot_store, runs on every implementation."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import pyvoy
 
 from gateway.settings import Settings
+from gateway.transport.listening import SOCKET_MODE
 
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool"
 
@@ -76,7 +77,7 @@ def _listener(name: str, address: str, settings: Settings, app: str) -> Json:
         "transport_socket_connect_timeout": HEADERS_TIMEOUT,
     }
     if address.startswith("unix:"):
-        where: Json = {"pipe": {"path": address.removeprefix("unix:"), "mode": 0o660}}
+        where: Json = {"pipe": {"path": address.removeprefix("unix:"), "mode": SOCKET_MODE}}
     else:
         host, _, port = address.rpartition(":")
         where = {

@@ -18,7 +18,7 @@ import orjson
 
 from entitlement.errors import InvalidArgument, Unavailable
 from gateway.settings import Settings
-from gateway.transport.grpcio import remove_stale
+from gateway.transport import listening
 
 APP = "gateway.transport.hosted:app"
 DRAIN_FD = "ENTITLEMENT_DRAIN_FD"  # the variable that names a pipe: it ends when draining begins
@@ -56,9 +56,7 @@ class EnvoyTransport:
 
         from gateway.transport.bootstrap import bootstrap
 
-        for address in self._settings.addresses:
-            if address.startswith("unix:"):
-                remove_stale(Path(address.removeprefix("unix:")))
+        listening.prepare(self._settings)
         config = self._folder / "bootstrap.json"
         config.write_bytes(orjson.dumps(bootstrap(self._settings, self._folder, self._app)))
         drain_s = max(1, round(self._settings.drain_ms / 1000))

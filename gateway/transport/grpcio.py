@@ -9,6 +9,7 @@ import grpc
 
 from entitlement.errors import InvalidArgument
 from gateway.settings import Settings
+from gateway.transport import listening
 from gateway.transport.asgi import MAX_CALLS
 from gateway.transport.guard import GuardedServer
 
@@ -43,7 +44,8 @@ class GrpcioTransport:
         return self._guarded.failures
 
     async def start(self) -> None:
-        """Raises InvalidArgument when an address cannot be bound."""
+        """Raises InvalidArgument when an address cannot be bound, or a certificate not be used."""
+        listening.prepare(self._settings)
         self.addresses = tuple([self._bind(address) for address in self._settings.addresses])
         await self._server.start()
 
@@ -53,8 +55,8 @@ class GrpcioTransport:
 
     def _bind(self, address: str) -> str:
         if address.startswith("unix:"):
-            remove_stale(Path(address.removeprefix("unix:")))
             self._add(address)
+            Path(address.removeprefix("unix:")).chmod(listening.SOCKET_MODE)
             return address
         return f"{address.rpartition(':')[0]}:{self._add(address)}"
 
@@ -69,12 +71,6 @@ class GrpcioTransport:
         if not port:
             raise InvalidArgument("listen", f"{address!r} cannot be bound: in use, or not allowed")
         return port
-
-
-def remove_stale(path: Path) -> None:
-    """A socket that a killed process left behind would refuse the next one."""
-    if path.is_socket():
-        path.unlink()
 
 
 def _credentials(settings: Settings) -> grpc.ServerCredentials:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import ssl
 import tempfile
 from collections.abc import Iterator
@@ -17,8 +18,8 @@ from gateway.transport.frames import frame
 from tests.certificates import Authority, Pair
 from tests.gateway_process import GatewayProcess, asked, installed, prepare
 from tests.gateway_rig import CHANNEL, SERVICE
-from tests.http2 import Connection
-from tests.servers import DEADLINE_S, ServerError, ValkeyProcess, free_port
+from tests.http2 import Closed, Connection
+from tests.servers import DEADLINE_S, ServerError, ValkeyProcess
 
 
 class Pki:
@@ -88,24 +89,21 @@ def test_the_certificate_is_the_configured_one(gateway: GatewayProcess, pki: Pki
     context.load_cert_chain(pki.client.certificate, pki.client.key)
     context.set_alpn_protocols(["h2"])
     host, port = gateway.address.split(":")
-    with socket_to(host, int(port)) as plain, context.wrap_socket(plain, server_hostname="localhost") as sock:
+    with (
+        socket.create_connection((host, int(port)), DEADLINE_S) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as sock,
+    ):
         assert ssl.DER_cert_to_PEM_cert(sock.getpeercert(binary_form=True) or b"") in pki.server.certificate.read_text()
         assert sock.selected_alpn_protocol() == "h2"
         assert sock.version() in ("TLSv1.2", "TLSv1.3")
-
-
-def socket_to(host: str, port: int):  # type: ignore[no-untyped-def]
-    import socket
-
-    return socket.create_connection((host, port), DEADLINE_S)
 
 
 def test_plaintext_is_refused_on_tcp_and_served_on_the_unix_socket(gateway: GatewayProcess) -> None:
     with Connection(gateway.address, timeout=DEADLINE_S) as connection:
         try:
             ended = connection.outcome(connection.request(SERVICE + "CheckAndConsume", frame(b"")))
-        except Exception as closed:
-            ended = {"closed": str(closed)}
+        except Closed:
+            ended = {"closed": ""}
         assert "closed" in ended
     with grpc.insecure_channel(f"unix:{gateway.path}", options=CHANNEL) as channel:
         answer = EntitlementGatewayStub(channel).CheckAndConsume(asked(), timeout=DEADLINE_S)
@@ -120,29 +118,16 @@ def test_files_that_do_not_fit_are_refused_at_the_start(
     empty = tmp_path / "empty.pem"
     empty.write_text("nothing")
     settings = {"tls_cert": pki.server.certificate, "tls_key": pki.server.key, "tls_client_ca": pki.ours.certificate}
-    settings |= {
-        "no file": {"tls_cert": tmp_path / "nope.pem"},
-        "no certificate": {"tls_cert": empty},
-        "another key": {"tls_key": pki.client.key},
-        "no authority": {"tls_client_ca": empty},
+    changed, problem = {
+        "no file": ({"tls_cert": tmp_path / "nope.pem"}, "tls_cert: and tls_key cannot be used together: No such file"),
+        "no certificate": ({"tls_cert": empty}, "tls_cert: and tls_key cannot be used together: "),
+        "another key": ({"tls_key": pki.client.key}, "tls_cert: and tls_key cannot be used together: KEY_VALUES_MISM"),
+        "no authority": ({"tls_client_ca": empty}, "tls_client_ca: cannot be used: "),
     }[wrong]
     with pytest.raises(ServerError) as error:
-        GatewayProcess(transport, valkey_server.url, **settings).stop()
+        GatewayProcess(transport, valkey_server.url, **(settings | changed)).stop()
     assert "Traceback" not in str(error.value)
-    assert "gateway: " in str(error.value)
-
-
-def test_an_address_that_is_taken_is_refused_at_the_start(transport: str, valkey_server: ValkeyProcess) -> None:
-    installed(transport)
-    prepare(valkey_server.url)
-    address = f"127.0.0.1:{free_port()}"
-    with GatewayProcess(transport, valkey_server.url, listen=address) as first:
-        with pytest.raises(ServerError) as error:
-            GatewayProcess(transport, valkey_server.url, listen=address).stop()
-        assert "gateway: listen" in str(error.value) and "Traceback" not in str(error.value)
-        with grpc.insecure_channel(first.address, options=CHANNEL) as channel:
-            answer = EntitlementGatewayStub(channel).CheckAndConsume(asked(), timeout=DEADLINE_S)
-        assert answer.verdict == pb.VERDICT_ALLOW
+    assert f"gateway: {problem}" in str(error.value)
 
 
 def test_sockets_are_for_the_owner_and_the_group(gateway: GatewayProcess) -> None:

@@ -53,7 +53,9 @@ async def test_a_status_a_message_and_metadata(client: Client) -> None:
     assert (error.value.code(), error.value.details()) == (grpc.StatusCode.FAILED_PRECONDITION, "100 % ü\n")
     assert error.value.trailing_metadata()["reason-bin"] == b"\x00\xff"
     call = client.Metadata(b"", timeout=DEADLINE_S, metadata=(("x-text", "t"), ("x-bin", b"\x00\xff")))
-    seen = dict(json.loads(await call)["metadata"])
+    answer = json.loads(await call)
+    assert answer["peer"].startswith(("ipv4:127.0.0.1:", "unix:"))
+    seen = dict(answer["metadata"])
     assert (seen["x-text"], seen["x-bin"]) == ("t", "00ff")
     assert (await call.trailing_metadata())["trailing-x-bin"] == b"\x00\xff"
 
