@@ -6,12 +6,15 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Protocol, cast
 
+import structlog
+
 from entitlement.decision import Consume, Decision, Mismatch, NotLoaded, Outcome, OutOfRange, OutOfTime, Stale
 from entitlement.errors import EntitlementError, IdempotencyMismatch, InvalidArgument, Overloaded, Unavailable
 from entitlement.quantity import MAX_CUMULATIVE, MAX_NANOS
 from gateway.catalog import Catalog
 from gateway.store.protocol import HotStore
 
+_log = structlog.get_logger(__name__)
 MAX_ATTEMPTS = 5  # decisions tried for one call: an install, a plan change and a price change may each need another
 
 
@@ -113,6 +116,7 @@ def _merged(
 def _refusal(request: Consume, outcome: Mismatch | OutOfTime | OutOfRange) -> IdempotencyMismatch | InvalidArgument:
     match outcome:
         case Mismatch():
+            _log.warning("idempotency_mismatch", tenant=request.tenant, customer=request.customer, key=request.key)
             return IdempotencyMismatch(request.key)
         case OutOfTime(now_ms):
             return InvalidArgument(
