@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -72,7 +74,7 @@ def main(
         trials=trials or (1 if quick else 5),
         budget_s=QUICK_BUDGET_S if quick else BUDGET_S,
     )
-    with interruptible(130):
+    with interruptible(130), _told():
         bed = _bed(plan, preload=machine.jemalloc() if allocator == "auto" else "", pinned=pin)
         results = measure(bed, plan, trace or find_trace(), versions)
     file = write(results, out)
@@ -95,6 +97,15 @@ def docs_command(file: Path | None, target: Path) -> None:
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("interrupted: nothing is written")
+        raise
 
 
 def _check() -> None:

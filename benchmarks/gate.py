@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from typing import Final
 
 import asyncpg
@@ -18,6 +17,8 @@ from entitlement.v1.ledger_pb2_grpc import LedgerAdminStub
 LOOK_EVERY_S: Final = 0.05
 VERIFY_S: Final = 120.0
 _NO_PROXY: Final = (("grpc.enable_http_proxy", 0),)
+
+_EVENTS: Final = "SELECT count(*) AS events FROM usage_events"
 
 # What each customer was granted, has consumed and has left; what is used beyond the grants would be overspent here.
 _CONSERVATION: Final = """
@@ -86,7 +87,7 @@ def judge(tally: Tally, books: Books) -> list[str]:
 def read_books(admin: str, dsn: str, expected: int, timeout_s: float) -> Books:
     """Waits until the ledger has `expected` events and its proof shows no lag, or the time is over; then reads."""
     deadline = time.monotonic() + timeout_s
-    _until(lambda: _count(dsn) >= expected, deadline)
+    catch_up(dsn, expected, timeout_s)
     with grpc.insecure_channel(admin, options=_NO_PROXY) as channel:
         stub = LedgerAdminStub(channel)
         report = _verify(stub)
@@ -113,12 +114,10 @@ def _verify(stub: LedgerAdminStub) -> VerifyReport:
     return stub.Verify(VerifyRequest(), timeout=VERIFY_S)
 
 
-def _count(dsn: str) -> int:
-    return int(query(dsn, "SELECT count(*) AS events FROM usage_events")[0]["events"])
-
-
-def _until(holds: Callable[[], bool], deadline: float) -> None:
-    while not holds() and time.monotonic() < deadline:
+def catch_up(dsn: str, expected: int, timeout_s: float) -> None:
+    """Returns when the ledger has `expected` events, or when the time is over: the gate will tell what is missing."""
+    deadline = time.monotonic() + timeout_s
+    while query(dsn, _EVENTS)[0]["events"] < expected and time.monotonic() < deadline:
         time.sleep(LOOK_EVERY_S)
 
 

@@ -17,7 +17,7 @@ import msgspec
 from redis import Redis
 
 from benchmarks import processes
-from benchmarks.gate import Tally, judge, read_books
+from benchmarks.gate import Tally, catch_up, judge, read_books
 from benchmarks.generator import Generator, Load, Outcome
 from benchmarks.model import Measure
 from entitlement.decision import Reason
@@ -166,6 +166,10 @@ class Site:
             yield
         finally:
             os.kill(self.pid(name), signal.SIGCONT)
+
+    def catch_up(self) -> None:
+        """Waits until the ledger has everything: what is measured next finds no backlog."""
+        catch_up(self.stack.database_url, self.tally.allowed, SETTLE_S)
 
     def settle(self, timeout_s: float = SETTLE_S) -> tuple[dict[str, int], list[str]]:
         """Waits for the ledger, and proves that nothing was lost, doubled or overspent: (what was read, problems)."""

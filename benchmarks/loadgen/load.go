@@ -67,7 +67,11 @@ func newLane(spec *Spec, index int) (*lane, error) {
 	if spec.Replays > 0 {
 		l.growth = math.Pow(1e6, 1/float64(spec.Replays))
 	}
-	conn, err := connect(spec.Target, spec.Path, spec.DeadlineMs, l)
+	timeoutMs := spec.DeadlineMs
+	if l.streamed() { // One call for the whole load.
+		timeoutMs += int(spec.Seconds*1000) + 60_000
+	}
+	conn, err := connect(spec.Target, spec.Path, timeoutMs, l)
 	l.conn = conn
 	return l, err
 }

@@ -20,6 +20,7 @@ def _cold(session: Session) -> Run:
     run = Run()
     singly = session.count(1_000, 150)
     with session.site() as site:
+        site.catch_up()
         arrivals = Load(
             customers=Choice("cold-", singly, order=True),
             open=True,

@@ -35,7 +35,7 @@ def _drain(session: Session) -> Run:
     run = Run()
     count = session.count(100_000, 12_000)
     with session.site() as site:
-        site.settle()
+        site.catch_up()
         with site.paused():
             backlog = site.load("backlog", batched(session, 64, count))
             site.place("sync")
@@ -63,7 +63,7 @@ def _lag(session: Session, site: Site) -> list[Measure]:
     """How late records are in the ledger while half of the gateway's capacity is asked for."""
     with site.paused():
         capacity = site.load("capacity", closed(session, 2, 0.8))
-    site.settle()
+    site.catch_up()
     load = opened(session, capacity.rate / 2, session.pick(6, 1.5))
     answered = site.load("half", load)
     _wait(site, "half-%", answered.allowed)

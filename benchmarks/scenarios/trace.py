@@ -40,6 +40,7 @@ def _replay(session: Session) -> Run:
         replays=REPLAYS,
     )
     with session.site() as site:
+        site.catch_up()
         measure = site.load("trace", load)
         run.measures.append(measure)
         if measure.allowed + measure.failures < len(rows):

@@ -44,6 +44,7 @@ def _gateway(transport: str, session: Session) -> Run:
                 run.measures.append(site.load("40,000 calls", _hundred(session)))
             for percent in _steps(session) if whole else (50,):
                 run.measures.append(_open(site, session, f"open {percent}", capacity.rate * percent / 100))
+        site.catch_up()
         run.measures.append(_open(site, session, "open 50 whole", capacity.rate / 2))
         return settled(site, run)
 

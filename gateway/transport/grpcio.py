@@ -31,6 +31,7 @@ class GrpcioTransport:
                 ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),  # Else some of what lies between is refused.
                 ("grpc.per_message_decompression", 0),  # It inflates whatever comes: GuardedServer does it, bounded.
                 ("grpc.http2.bdp_probe", 0),
+                ("grpc.http2.max_ping_strikes", 0),  # Beyond some, each is answered with a GOAWAY: 1 GiB for 500,000.
                 ("grpc.so_reuseport", 0),
             ],
         )
