@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -51,7 +52,9 @@ type conn struct {
 	sync.Mutex
 	net      net.Conn
 	caller   caller
-	block    []byte // the request's headers
+	fields   []hpack.HeaderField // of every request
+	encoder  *hpack.Encoder
+	block    bytes.Buffer
 	streams  map[uint32]*stream
 	lastID   uint32
 	window   int64 // what we may send
@@ -76,8 +79,9 @@ func connect(target, path string, timeoutMs int, c caller) (*conn, error) {
 	k := &conn{
 		net: socket, caller: c, streams: make(map[uint32]*stream), lastID: ^uint32(0),
 		window: 65535, initial: 65535, maxFrame: 16384,
-		block: headerBlock(path, timeoutMs),
+		fields: requestHeaders(path, timeoutMs),
 	}
+	k.encoder = hpack.NewEncoder(&k.block)
 	k.wake = sync.NewCond(k)
 	k.decoder = hpack.NewDecoder(4096, func(f hpack.HeaderField) {
 		if f.Name == "grpc-status" {
@@ -97,19 +101,14 @@ func connect(target, path string, timeoutMs int, c caller) (*conn, error) {
 	return k, nil
 }
 
-// headerBlock: literals that are never indexed, the same bytes for every call.
-func headerBlock(path string, timeoutMs int) []byte {
-	var block []byte
-	for _, h := range [][2]string{
-		{":method", "POST"}, {":scheme", "http"}, {":path", path}, {":authority", "localhost"},
-		{"te", "trailers"}, {"content-type", "application/grpc"}, {"grpc-timeout", fmt.Sprintf("%dm", timeoutMs)},
-	} {
-		block = append(block, 0x10, byte(len(h[0])))
-		block = append(block, h[0]...)
-		block = append(block, byte(len(h[1])))
-		block = append(block, h[1]...)
+// requestHeaders are the same for every call: but for the first one they are an index each, as other clients send them.
+func requestHeaders(path string, timeoutMs int) []hpack.HeaderField {
+	return []hpack.HeaderField{
+		{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: "http"}, {Name: ":path", Value: path},
+		{Name: ":authority", Value: "localhost"}, {Name: "te", Value: "trailers"},
+		{Name: "content-type", Value: "application/grpc"}, {Name: "user-agent", Value: "entitlement-bench"},
+		{Name: "grpc-timeout", Value: fmt.Sprintf("%dm", timeoutMs)},
 	}
-	return block
 }
 
 func frameHeader(size int, kind, flags byte, id uint32) []byte {
@@ -140,7 +139,11 @@ func (k *conn) open() *stream {
 	}
 	s.id, s.window = k.lastID, k.initial
 	k.streams[s.id] = s
-	k.frame(frameHeaders, flagEndHeaders, s.id, k.block)
+	k.block.Reset()
+	for _, field := range k.fields {
+		k.encoder.WriteField(field)
+	}
+	k.frame(frameHeaders, flagEndHeaders, s.id, k.block.Bytes())
 	return s
 }
 

@@ -160,8 +160,7 @@ class Connection(asyncio.Protocol):
                             f"hot store: no answer within {self._timeout * 1000:.0f} ms; the outcome is unknown"
                         )
                     )
-        while deadlines and _answered(deadlines[0][1][-1][0]):  # And so are those before it.
-            deadlines.popleft()
+        self._forget()
         if self._blocked:
             self._drop_given_up()
         due = deadlines[0][0] if deadlines else now + self._timeout
@@ -187,7 +186,7 @@ class Connection(asyncio.Protocol):
             while waiting or reader.has_data():
                 reply = reader.gets()
                 if reply is False:
-                    return
+                    break
                 future, answers = waiting[0]
                 if answers:
                     self._gathered.append(reply)
@@ -203,6 +202,13 @@ class Connection(asyncio.Protocol):
                     future.set_result(reply)
         except (Unavailable, IndexError):  # Not RESP, or an answer that nobody asked for: nothing here can be trusted.
             self.close()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Lets go of what is answered now, not when its time would have been over: memory just used is cheap to use."""
+        deadlines = self._deadlines
+        while deadlines and _answered(deadlines[0][1][-1][0]):  # And so are those before it.
+            deadlines.popleft()
 
     def pause_writing(self) -> None:
         self._blocked = True

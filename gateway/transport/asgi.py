@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -67,45 +68,29 @@ class GrpcApp:
             handler = next((candidate for candidate in found if candidate is not None), None)
         return handler
 
-    async def serve(self, scope: Event, receive: Receive, send: Send) -> None:
+    def serve(self, scope: Event, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
         """One call, from its first byte to its status. Never raises but for cancellation from outside."""
         headers: Headers = scope["headers"]
+        path: str = scope["path"]
         timeout = encoding = None
         for name, value in headers:
             if name == b"grpc-timeout":
                 timeout = value
             elif name == b"grpc-encoding":
                 encoding = value
-        context = Context(headers, scope.get("client"), receive, send)
-        handler = self._methods.get(scope["path"]) or self.find(scope["path"], headers)
-        problem = self._begin(context, timeout)
-        self.in_flight += 1
-        try:
-            if self.in_flight > self._max_calls:
-                context.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._max_calls} calls are open, the limit")
-                await context.finish()
-            elif handler is None:
-                context.fail(grpc.StatusCode.UNIMPLEMENTED, f"method {scope['path'][:200]} is not known here")
-                await context.finish()
-            elif encoding not in (None, b"identity", b"gzip"):
-                context.fail(grpc.StatusCode.UNIMPLEMENTED, "grpc-encoding: expected identity or gzip")
-                await context.finish()
-            elif problem:
-                context.fail(grpc.StatusCode.INVALID_ARGUMENT, problem)
-                await context.finish()
-            elif handler.unary_unary is not None:
-                await self._unary(handler, context, send, gzip=encoding == b"gzip")
-            else:
-                await self._stream(handler, context, gzip=encoding == b"gzip")
-        except PeerGone:
-            pass  # Nobody is left to be told anything.
-        finally:
-            context.finished = True
-            if context.tick and self._deadlines is not None:
-                self._deadlines.forget(context.tick, context)
-            for callback in context.callbacks:
-                callback(context)
-            self.in_flight -= 1
+        context = Context(scope, receive, send)
+        handler = self._methods.get(path) or self.find(path, headers)
+        if self.in_flight >= self._max_calls:
+            context.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._max_calls} calls are open, the limit")
+        elif handler is None:
+            context.fail(grpc.StatusCode.UNIMPLEMENTED, f"method {path[:200]} is not known here")
+        elif encoding not in (None, b"identity", b"gzip"):
+            context.fail(grpc.StatusCode.UNIMPLEMENTED, "grpc-encoding: expected identity or gzip")
+        elif handler.unary_unary is not None:
+            return self._unary(handler, context, timeout, gzip=encoding == b"gzip")
+        else:
+            return self._stream(handler, context, timeout, gzip=encoding == b"gzip")
+        return self._refuse(context)
 
     def unforeseen(self, context: Context) -> None:
         """The last line of defence: counted and logged here, and nothing of it is told to the peer."""
@@ -113,22 +98,36 @@ class GrpcApp:
         _log.exception("call failed")
         context.fail(grpc.StatusCode.UNKNOWN, "internal error")
 
-    def _begin(self, context: Context, timeout: bytes | None) -> str:
-        """Notes the call's task and deadline. Answers what is wrong with the deadline, or nothing."""
+    def _begin(self, context: Context, wanted: bytes | None) -> None:
+        """Notes the call, its task and the deadline that it wanted. Raises Aborted for a deadline that is none."""
+        self.in_flight += 1
         context.task = asyncio.current_task()
         deadlines = self._deadlines
         if deadlines is None:
             deadlines = self._deadlines = Deadlines(asyncio.get_running_loop(), self._due)
         now = deadlines.now()
         due = now + LOOK_EVERY_S
-        if timeout is not None:
+        if wanted is not None:
             try:
-                context.deadline = now + parse_timeout(timeout.decode("latin-1"))
+                context.deadline = now + parse_timeout(wanted)
             except ValueError as error:
-                return str(error)
-            due = min(due, context.deadline)
-        deadlines.at(due, context)
-        return ""
+                context.fail(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+                raise Aborted from None
+            if context.deadline < due:
+                due = context.deadline
+        context.tick = deadlines.at(due, context)
+
+    def _end(self, context: Context) -> None:
+        context.finished = True
+        if context.tick and self._deadlines is not None:
+            self._deadlines.forget(context.tick, context)
+        for callback in context.callbacks:
+            callback(context)
+        self.in_flight -= 1
+
+    async def _refuse(self, context: Context) -> None:
+        with suppress(PeerGone):  # Then nobody is left to be told anything.
+            await context.finish()
 
     def _due(self, context: Context) -> None:
         """A call lasts: its deadline is here, or it is remembered; somebody looks whether its peer is still there."""
@@ -138,43 +137,38 @@ class GrpcApp:
         if deadline is not None and deadlines.now() >= deadline:
             context.expire()
             return
-        if deadline is not None:
-            context.tick = deadlines.at(deadline, context)
+        context.tick = deadlines.at(deadline, context) if deadline is not None else 0
         context.slow = True
         if not context.reading:
             context.watcher = asyncio.create_task(look(context))
 
-    async def _unary(self, handler: Handler, context: Context, send: Send, *, gzip: bool) -> None:
-        """A unary call the short way: nothing is made that a decision does not need."""
-        payload = await self._outcome(context, self._answer(handler, context, gzip=gzip))
-        if payload is None:
-            return
-        context.finished = True
-        if context.plain:
-            try:
-                await send(_START)
-                await send({"type": "http.response.body", "body": frame(payload), "more_body": False})
-                await send(_OK)
-            except OSError:
-                raise PeerGone from None
-            return
-        if not context.status:
-            await context.write_bytes(payload)
-        await context.finish()
-
-    async def _answer(self, handler: Handler, context: Context, *, gzip: bool) -> bytes:
-        event = await context.receive()
-        body: bytes = event.get("body", b"")
-        if event.get("more_body", False):
-            body = await self.rest(body, context.receive)
-        elif event["type"] == "http.disconnect":
-            raise PeerGone
-        context.reading = False
-        if context.slow:
-            context.watcher = asyncio.create_task(look(context))
-        request = decoded(handler, only(body, self._limit, gzip=gzip))
-        assert handler.unary_unary is not None
-        return encoded(handler, await handler.unary_unary(request, context))  # type: ignore[arg-type]
+    async def _unary(self, handler: Handler, context: Context, wanted: bytes | None, *, gzip: bool) -> None:
+        """A unary call the short way: nothing is made that a decision does not need, and no coroutine but this."""
+        try:
+            self._begin(context, wanted)
+            event = await context.receive()
+            body: bytes = event.get("body", b"")
+            if event.get("more_body", False):
+                body = await self.rest(body, context.receive)
+            elif event["type"] == "http.disconnect":
+                return
+            context.reading = False
+            if context.slow:
+                context.watcher = asyncio.create_task(look(context))
+            request = decoded(handler, only(body, self._limit, gzip=gzip))
+            assert handler.unary_unary is not None
+            answer = encoded(handler, await handler.unary_unary(request, context))  # type: ignore[arg-type]
+            context.finished = True
+            if context.plain:
+                await _answer(context.raw_send, answer)
+            else:
+                if not context.status:
+                    await context.write_bytes(answer)
+                await context.finish()
+        except BaseException as error:
+            await self._failed(context, error)
+        finally:
+            self._end(context)
 
     async def rest(self, first: bytes, receive: Receive) -> bytes:
         """The body that began with `first`, or as much of it as shows that it is too large.
@@ -198,47 +192,57 @@ class GrpcApp:
             self.room.give(taken)
         return bytes(body)
 
-    async def _stream(self, handler: Handler, context: Context, *, gzip: bool) -> None:
+    async def _stream(self, handler: Handler, context: Context, wanted: bytes | None, *, gzip: bool) -> None:
         inbox = Inbox(context, Frames(self._limit, gzip=gzip), self.room)
-        context.watcher = asyncio.create_task(inbox.fill())
-        context.messages = inbox.messages(handler)
-        context.serialize = lambda message: encoded(handler, message)
         try:
-            done = await self._outcome(context, converse(handler, context))
-            if done is not None:
-                if not context.status:
-                    await context.start()
-                await context.finish()
+            self._begin(context, wanted)
+            context.watcher = asyncio.create_task(inbox.fill())
+            context.messages = inbox.messages(handler)
+            context.serialize = lambda message: encoded(handler, message)
+            await converse(handler, context)
+            if not context.status:
+                await context.start()
+            await context.finish()
+        except BaseException as error:
+            await self._failed(context, error)
         finally:
-            context.finished = True
+            self._end(context)
             inbox.close()
 
-    async def _outcome(self, context: Context, work: Coroutine[Any, Any, bytes]) -> bytes | None:
-        """What the work answers, or None when the call has ended otherwise: with a status that is sent. Or PeerGone."""
-        try:
-            return await work
-        except Aborted:
-            pass
-        except PeerGone:
-            raise
-        except BadFrame as error:
-            too_large = grpc.StatusCode.RESOURCE_EXHAUSTED
-            context.fail(too_large if error.oversized else grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        except asyncio.CancelledError:
+    async def _failed(self, context: Context, error: BaseException) -> None:
+        """Tells the peer how the call ended, if there is one. Raises what is not the call's own affair."""
+        if isinstance(error, PeerGone):
+            return
+        if isinstance(error, asyncio.CancelledError):
             if context.gone:
-                raise PeerGone from None
+                return
             if context.expired:
                 context.fail(grpc.StatusCode.DEADLINE_EXCEEDED, "the call's deadline has passed")
             elif context.task is not None and context.task.cancelling():
-                raise  # From outside.
+                raise error  # From outside.
             else:
                 self.unforeseen(context)
-        except NotImplementedError:  # What generated code raises for a method that a servicer lacks.
+        elif isinstance(error, BadFrame):
+            too_large = grpc.StatusCode.RESOURCE_EXHAUSTED
+            context.fail(too_large if error.oversized else grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        elif isinstance(error, NotImplementedError):  # What generated code raises for a method that a servicer lacks.
             context.fail(grpc.StatusCode.UNIMPLEMENTED, NOT_IMPLEMENTED)
-        except Exception:
-            self.unforeseen(context)
-        await context.finish()
-        return None
+        elif isinstance(error, Exception):
+            if not isinstance(error, Aborted):
+                self.unforeseen(context)
+        else:
+            raise error
+        await self._refuse(context)
+
+
+async def _answer(send: Send, message: bytes) -> None:
+    """The whole of a plain answer."""
+    try:
+        await send(_START)
+        await send({"type": "http.response.body", "body": frame(message), "more_body": False})
+        await send(_OK)
+    except OSError:
+        pass  # What ASGI servers raise when the peer has gone: nobody is left to be told anything.
 
 
 grpc.aio.Server.register(GrpcApp)  # Servicers register with either alike, and some ask which kind they have.

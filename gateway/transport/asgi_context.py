@@ -34,30 +34,32 @@ class PeerGone(Exception):
 class Context:
     """One call. `expired` and `gone` say why its task was cancelled: the deadline passed, or the peer went away."""
 
-    def __init__(self, headers: Headers, client: tuple[str, int] | None, receive: Receive, send: Send) -> None:
-        self._headers = headers
-        self._client = client
-        self._send = send
-        self._compress = False
-        self._initial: list[tuple[bytes, bytes]] = []
+    # What most calls never change stands in the class: making a context costs what is peculiar to its call.
+    callbacks: Sequence[Callable[[Context], None]] = ()
+    trailing: Sequence[tuple[bytes, bytes]] = ()
+    serialize: Callable[[object], bytes] = bytes  # type: ignore[assignment]
+    messages: AsyncIterator[object] | None = None
+    task: asyncio.Task[Any] | None = None
+    watcher: asyncio.Task[None] | None = None  # looks whether the peer is still there
+    deadline: float | None = None  # in the loop's time
+    tick = 0  # where the deadline is remembered
+    started = finished = expired = gone = False
+    reading = True  # somebody waits for the request, and so sees the peer go
+    slow = False
+    status = 0
+    message = ""
+    _compress = False
+    _initial: Sequence[tuple[bytes, bytes]] = ()
+
+    def __init__(self, scope: Event, receive: Receive, send: Send) -> None:
+        self._scope = scope
         self.receive = receive
-        self.callbacks: list[Callable[[Context], None]] = []
-        self.trailing: list[tuple[bytes, bytes]] = []
-        self.serialize: Callable[[object], bytes] = bytes  # type: ignore[assignment]
-        self.messages: AsyncIterator[object] | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.watcher: asyncio.Task[None] | None = None  # looks whether the peer is still there
-        self.deadline: float | None = None  # in the loop's time
-        self.tick = 0  # where the deadline is remembered
-        self.started = self.finished = self.expired = self.gone = False
-        self.reading = True  # somebody waits for the request, and so sees the peer go
-        self.slow = False
-        self.status = 0
-        self.message = ""
+        self.raw_send = send
 
     def invocation_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         found: list[tuple[str, str | bytes]] = []
-        for name, value in self._headers:
+        headers: Headers = self._scope["headers"]
+        for name, value in headers:
             if name in _RESERVED or name.startswith((b":", b"grpc-")):
                 continue
             if name.endswith(b"-bin"):  # Proxies may have joined several.
@@ -68,9 +70,10 @@ class Context:
 
     def peer(self) -> str:
         """As grpcio writes it: ipv4:127.0.0.1:80, ipv6:[::1]:80, unix:."""
-        if not self._client or not self._client[0]:
+        client: tuple[str, int] | None = self._scope.get("client")
+        if not client or not client[0]:
             return "unix:"
-        host, port = self._client
+        host, port = client
         return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
 
     def time_remaining(self) -> float | None:
@@ -103,7 +106,8 @@ class Context:
 
     def set_compression(self, compression: grpc.Compression) -> None:
         """Gzip or none, for every message of the answer. Before the first one; none for a peer that cannot read it."""
-        accepted = b",".join(value for name, value in self._headers if name == b"grpc-accept-encoding")
+        headers: Headers = self._scope["headers"]
+        accepted = b",".join(value for name, value in headers if name == b"grpc-accept-encoding")
         known = {word.strip() for word in accepted.split(b",")}
         self._compress = compression is grpc.Compression.Gzip and b"gzip" in known
 
@@ -127,7 +131,7 @@ class Context:
 
     def add_done_callback(self, callback: Callable[[Context], None]) -> None:
         """Called once when the call has ended, however it ended."""
-        self.callbacks.append(callback)
+        self.callbacks = (*self.callbacks, callback)
 
     # For the transport.
 
@@ -181,10 +185,8 @@ class Context:
 
     async def send(self, event: Event) -> None:
         try:
-            sent = self._send(event)
-            if asyncio.isfuture(
-                sent
-            ):  # It is the server's: cancelling this call must not cancel it, nor leave it unseen.
+            sent = self.raw_send(event)
+            if asyncio.isfuture(sent):  # The server's: cancelling this call must not cancel it, nor leave it unseen.
                 sent.add_done_callback(_seen)
                 sent = asyncio.shield(sent)
             await sent

@@ -53,7 +53,7 @@ class JsonApp:
 
     async def serve(self, scope: Event, receive: Receive, send: Send) -> None:
         """One call. Never raises but for cancellation from outside."""
-        context = Context(scope["headers"], scope.get("client"), receive, send)
+        context = Context(scope, receive, send)
         self._grpc.in_flight += 1
         try:
             await _send(context, *await self._told(scope, context))

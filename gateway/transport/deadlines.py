@@ -54,8 +54,8 @@ class Deadlines(Generic[Item]):
 
     def _tick(self) -> None:
         self._ticking = None
-        now = int(self._loop.time() / TICK_S)
-        for tick in sorted(tick for tick in self._due if tick <= now):
+        now = self._loop.time()
+        for tick in sorted(tick for tick in self._due if tick * TICK_S <= now):  # Not now / TICK_S: it may be less.
             for item in self._due.pop(tick, ()):
                 self._act(item)
         if self._due and (self._ticking is None or min(self._due) < self._next):  # What was acted on may have armed it.

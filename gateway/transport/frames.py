@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import zlib
+from functools import lru_cache
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 PREFIX = 5  # one flag byte and four of length, before every message
 _GZIP = 31  # zlib's window bits for a gzip header and trailer
-_UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+_UNITS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 _PRINTABLE = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 
@@ -116,11 +117,12 @@ def unpack(flag: int, data: bytes, limit: int, *, gzip: bool) -> bytes:
     return message
 
 
-def parse_timeout(text: str) -> float:
+@lru_cache(4096)
+def parse_timeout(value: bytes) -> float:
     """Seconds of a grpc-timeout: at most 8 digits and one of H M S m u n. Raises ValueError."""
-    digits, unit = text[:-1], text[-1:]
-    if not (1 <= len(digits) <= 8 and digits.isascii() and digits.isdigit() and unit in _UNITS):
-        raise ValueError(f"grpc-timeout {text[:20]!r} is not 1..8 digits and one of H M S m u n")
+    digits, unit = value[:-1], value[-1:]
+    if not (1 <= len(digits) <= 8 and digits.isdigit() and unit in _UNITS):
+        raise ValueError(f"grpc-timeout {value[:20].decode('latin-1')!r} is not 1..8 digits and one of H M S m u n")
     return int(digits) * _UNITS[unit]
 
 

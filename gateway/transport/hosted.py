@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections.abc import Coroutine
+from typing import Any
 
 from entitlement.errors import EntitlementError
 from gateway import telemetry
@@ -30,17 +32,15 @@ class Doors:
         self.core.servicers.register(self.grpc)
 
 
-async def app(scope: Event, receive: Receive, send: Send) -> None:
+def app(scope: Event, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
     """Sends each call to its door by its content type."""
     if scope["type"] == "lifespan":
-        await _live(scope, receive, send)
-        return
+        return _live(scope, receive, send)
     doors: Doors = scope["state"]["doors"]
     for name, value in scope["headers"]:
         if name == b"content-type" and _is_grpc(value):
-            await doors.grpc.serve(scope, receive, send)
-            return
-    await doors.json.serve(scope, receive, send)
+            return doors.grpc.serve(scope, receive, send)
+    return doors.json.serve(scope, receive, send)
 
 
 def _is_grpc(content_type: bytes) -> bool:

@@ -190,7 +190,7 @@ class TestTimeout:
         ],
     )
     def test_read(self, text: str, seconds: float) -> None:
-        assert parse_timeout(text) == pytest.approx(seconds, rel=1e-12)
+        assert parse_timeout(text.encode()) == pytest.approx(seconds, rel=1e-12)
 
     @pytest.mark.parametrize(
         "text",
@@ -198,12 +198,12 @@ class TestTimeout:
     )
     def test_refused(self, text: str) -> None:
         with pytest.raises(ValueError, match="grpc-timeout"):
-            parse_timeout(text)
+            parse_timeout(text.encode())
 
     @given(st.text(max_size=12))
     def test_never_anything_else(self, text: str) -> None:
         try:
-            assert parse_timeout(text) >= 0
+            assert parse_timeout(text.encode()) >= 0
         except ValueError:
             return
         assert text[:-1].isascii() and text[:-1].isdigit() and len(text) <= 9
