@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Coroutine
-from typing import Any
 
 from entitlement.errors import EntitlementError
 from gateway import telemetry
@@ -32,15 +30,17 @@ class Doors:
         self.core.servicers.register(self.grpc)
 
 
-def app(scope: Event, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
+async def app(scope: Event, receive: Receive, send: Send) -> None:
     """Sends each call to its door by its content type."""
     if scope["type"] == "lifespan":
-        return _live(scope, receive, send)
+        await _live(scope, receive, send)
+        return
     doors: Doors = scope["state"]["doors"]
     for name, value in scope["headers"]:
         if name == b"content-type" and _is_grpc(value):
-            return doors.grpc.serve(scope, receive, send)
-    return doors.json.serve(scope, receive, send)
+            await doors.grpc.serve(scope, receive, send)
+            return
+    await doors.json.serve(scope, receive, send)
 
 
 def _is_grpc(content_type: bytes) -> bool:
