@@ -64,11 +64,7 @@ class Admission:
 
         Raises Overloaded (nothing was tried) and Unavailable (unknown for every one: retry with the same keys).
         """
-        if self.in_flight + len(requests) > self._max_in_flight:
-            raise Overloaded(
-                f"{self.in_flight} calls are in flight and {len(requests)} more would pass the limit "
-                f"{self._max_in_flight}; retry with the same keys"
-            )
+        self.check_room(len(requests))
         self.in_flight += len(requests)
         try:
             price = self._catalog.price
@@ -80,6 +76,14 @@ class Admission:
             return cast(list[Decision | EntitlementError], outcomes)
         finally:
             self.in_flight -= len(requests)
+
+    def check_room(self, more: int) -> None:
+        """Raises Overloaded when there is no room for so many more, before anything is done for them."""
+        if self.in_flight + more > self._max_in_flight:
+            raise Overloaded(
+                f"{self.in_flight} calls are in flight and {more} more would pass the limit "
+                f"{self._max_in_flight}; retry with the same keys"
+            )
 
     async def _or_error(self, request: Consume, outcome: Outcome) -> Decision | EntitlementError:
         try:

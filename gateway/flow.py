@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
 Request = TypeVar("Request")
@@ -13,7 +13,7 @@ MAX_GROUPS = 4  # on their way at once, so that a group that has to wait does no
 
 
 class Flow(Generic[Request, Response]):
-    """Reads requests, hands those that wait to `answer` together, yields the answers as they come.
+    """Reads requests, hands those that wait to `answer` together, yields the answers, in groups, as they come.
 
     At most `limit` requests are undecided or unread: beyond it no request is read, so that the transport's flow control
     holds the sender back. Ends when the requests have ended and every answer is out; cancelling ends it at once.
@@ -21,21 +21,22 @@ class Flow(Generic[Request, Response]):
 
     def __init__(self, answer: Callable[[Sequence[Request]], Awaitable[list[Response]]], limit: int) -> None:
         self._answer = answer
-        self._room = asyncio.Semaphore(limit)
+        self._room = limit
+        self._freed = asyncio.Event()
         self._arrived: list[Request] = []
         self._groups: set[asyncio.Task[None]] = set()
         self._answers: asyncio.Queue[list[Response] | BaseException | None] = asyncio.Queue()
         self._ended = False
 
-    async def run(self, requests: AsyncIterator[Request]) -> AsyncIterator[Response]:
+    async def run(self, requests: AsyncIterator[Request]) -> AsyncGenerator[list[Response], None]:
         reader = asyncio.create_task(self._read(requests))
         try:
             while (group := await self._answers.get()) is not None:
                 if isinstance(group, BaseException):
                     raise group
-                for response in group:
-                    yield response
-                    self._room.release()
+                yield group
+                self._room += len(group)
+                self._freed.set()
         finally:
             tasks = (reader, *self._groups)
             for task in tasks:
@@ -46,7 +47,10 @@ class Flow(Generic[Request, Response]):
         loop = asyncio.get_running_loop()
         try:
             async for request in requests:
-                await self._room.acquire()
+                while not self._room:
+                    self._freed.clear()
+                    await self._freed.wait()
+                self._room -= 1
                 if not self._arrived and len(self._groups) < MAX_GROUPS:
                     loop.call_soon(self._leave)
                 self._arrived.append(request)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import NoReturn
+from contextlib import aclosing
+from functools import partial
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -20,14 +22,12 @@ from entitlement.errors import (
     Unavailable,
 )
 from entitlement.identity import check_id
-from entitlement.request import parse_consume
+from entitlement.request import decode, read_consume, split_batch
 from entitlement.v1 import gateway_pb2 as pb
-from entitlement.v1 import gateway_pb2_grpc as rpc
 from gateway.admission import Admission, Loader
 from gateway.flow import Flow
 from gateway.store.protocol import HotStore, Sight
 
-MAX_BATCH = 1_000
 MAX_STREAM_IN_FLIGHT = 1_000  # undecided requests of one stream
 WATCH_EVERY_S = 0.1
 WAIT_SEQUENCE_S = 5.0  # at most, for GetBalance(at_least_sequence); the caller's own deadline may end it sooner
@@ -49,7 +49,7 @@ _STATUS[CustomerUnknown] = grpc.StatusCode.NOT_FOUND
 _Context = grpc.aio.ServicerContext[object, object]
 
 
-class GatewayService(rpc.EntitlementGatewayServicer):
+class GatewayService:
     """Serves one tenant: the caller's identity says which, never the request."""
 
     def __init__(self, admission: Admission, store: HotStore, loader: Loader, tenant: str) -> None:
@@ -58,31 +58,37 @@ class GatewayService(rpc.EntitlementGatewayServicer):
         self._loader = loader
         self._tenant = tenant
 
-    async def CheckAndConsume(
-        self, request: pb.CheckAndConsumeRequest, context: _Context
-    ) -> pb.CheckAndConsumeResponse:
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        """The methods by name. Those that consume take their requests as bytes."""
+        unary, streams = grpc.unary_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
+        asked, decided = pb.GetBalanceRequest.FromString, pb.CheckAndConsumeResponse.SerializeToString
+        balance, batch = pb.GetBalanceResponse.SerializeToString, pb.CheckAndConsumeBatchResponse.SerializeToString
+        return {
+            "CheckAndConsume": unary(self.check_and_consume, None, decided),
+            "CheckAndConsumeBatch": unary(self.check_and_consume_batch, None, batch),
+            "CheckAndConsumeStream": streams(self.check_and_consume_stream, None, decided),
+            "GetBalance": unary(self.get_balance, asked, balance),
+            "WatchBalance": grpc.unary_stream_rpc_method_handler(self.watch_balance, asked, balance),
+        }
+
+    async def check_and_consume(self, data: bytes, context: _Context) -> pb.CheckAndConsumeResponse:
         try:
-            consume = parse_consume(self._tenant, request)
+            consume = read_consume(self._tenant, data)
             return response(consume, await self._admission.admit(consume))
         except EntitlementError as error:
             await refuse(context, error)
 
-    async def CheckAndConsumeBatch(
-        self, request: pb.CheckAndConsumeBatchRequest, context: _Context
-    ) -> pb.CheckAndConsumeBatchResponse:
+    async def check_and_consume_batch(self, data: bytes, context: _Context) -> pb.CheckAndConsumeBatchResponse:
         try:
-            if not 1 <= len(request.requests) <= MAX_BATCH:
-                raise InvalidArgument("requests", f"has {len(request.requests)} requests; expected 1..{MAX_BATCH}")
             answer = pb.CheckAndConsumeBatchResponse()
-            await self._decide(request.requests, answer.responses.add)
+            await self._decide(split_batch(data), answer.responses.add)
             return answer
         except EntitlementError as error:
             await refuse(context, error)
 
-    async def _decide(
-        self, requests: Sequence[pb.CheckAndConsumeRequest], answer: Callable[[], pb.CheckAndConsumeResponse]
-    ) -> None:
+    async def _decide(self, requests: Sequence[bytes], answer: Callable[[], pb.CheckAndConsumeResponse]) -> None:
         """Every request's own answer, in order: a decision, or the error that its single call would have had."""
+        self._admission.check_room(len(requests))
         parsed = [self._parsed(request) for request in requests]
         good = [consume for consume in parsed if type(consume) is Consume]
         decided = iter(await self._admission.admit_many(good) if good else ())
@@ -94,21 +100,21 @@ class GatewayService(rpc.EntitlementGatewayServicer):
                 assert isinstance(outcome, EntitlementError)
                 answer().MergeFrom(_failed(request, outcome))
 
-    def _parsed(self, request: pb.CheckAndConsumeRequest) -> Consume | EntitlementError:
+    def _parsed(self, request: bytes) -> Consume | EntitlementError:
         try:
-            return parse_consume(self._tenant, request)
+            return read_consume(self._tenant, request)
         except EntitlementError as error:
             return error
 
-    async def CheckAndConsumeStream(
-        self, request_iterator: AsyncIterator[pb.CheckAndConsumeRequest], context: _Context
-    ) -> AsyncIterator[pb.CheckAndConsumeResponse]:
+    async def check_and_consume_stream(self, requests: AsyncIterator[bytes], context: _Context) -> None:
         """Answers as they are decided, matched by key. At most MAX_STREAM_IN_FLIGHT are open; then reading waits."""
         flow = Flow(self._answer, MAX_STREAM_IN_FLIGHT)
-        async for answer in flow.run(request_iterator):
-            yield answer
+        write_all = getattr(context, "write_all", None) or partial(_write_all, context)
+        async with aclosing(flow.run(requests)) as groups:
+            async for group in groups:
+                await write_all(group)
 
-    async def _answer(self, requests: Sequence[pb.CheckAndConsumeRequest]) -> list[pb.CheckAndConsumeResponse]:
+    async def _answer(self, requests: Sequence[bytes]) -> list[pb.CheckAndConsumeResponse]:
         answers: list[pb.CheckAndConsumeResponse] = []
 
         def answer() -> pb.CheckAndConsumeResponse:
@@ -121,7 +127,7 @@ class GatewayService(rpc.EntitlementGatewayServicer):
             return [_failed(request, error) for request in requests]
         return answers
 
-    async def GetBalance(self, request: pb.GetBalanceRequest, context: _Context) -> pb.GetBalanceResponse:
+    async def get_balance(self, request: pb.GetBalanceRequest, context: _Context) -> pb.GetBalanceResponse:
         try:
             customer = self._asked(request)
             async with asyncio.timeout(WAIT_SEQUENCE_S):
@@ -138,7 +144,7 @@ class GatewayService(rpc.EntitlementGatewayServicer):
         except EntitlementError as error:
             await refuse(context, error)
 
-    async def WatchBalance(
+    async def watch_balance(
         self, request: pb.GetBalanceRequest, context: _Context
     ) -> AsyncIterator[pb.GetBalanceResponse]:
         """The balance now, then whenever its place in the journal has moved."""
@@ -169,9 +175,18 @@ class GatewayService(rpc.EntitlementGatewayServicer):
         return _as_of(sight.account, sight), sight.now_ms
 
 
-def _failed(request: pb.CheckAndConsumeRequest, error: EntitlementError) -> pb.CheckAndConsumeResponse:
+async def _write_all(context: _Context, answers: Sequence[pb.CheckAndConsumeResponse]) -> None:
+    for answer in answers:
+        await context.write(answer)
+
+
+def _failed(request: bytes, error: EntitlementError) -> pb.CheckAndConsumeResponse:
     problem = pb.CallError(code=status_of(error).value[0], message=str(error))
-    return pb.CheckAndConsumeResponse(idempotency_key=request.idempotency_key, error=problem)
+    try:
+        key = decode(request).idempotency_key
+    except InvalidArgument:
+        key = ""
+    return pb.CheckAndConsumeResponse(idempotency_key=key, error=problem)
 
 
 def status_of(error: EntitlementError) -> grpc.StatusCode:

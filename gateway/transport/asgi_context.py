@@ -123,6 +123,13 @@ class Context:
     async def write(self, message: object) -> None:
         await self.write_bytes(self.serialize(message))
 
+    async def write_all(self, messages: Iterable[object]) -> None:
+        """Messages that leave together."""
+        await self.start()
+        framed = compressed_frame if self._compress else frame
+        body = b"".join([framed(self.serialize(message)) for message in messages])
+        await self.send({"type": "http.response.body", "body": body, "more_body": True})
+
     def cancelled(self) -> bool:
         return self.gone or self.expired
 

@@ -102,7 +102,8 @@ class JsonApp:
         assert handler.unary_unary is not None
         response = request
         try:
-            response = await handler.unary_unary(request, context)  # type: ignore[arg-type]
+            asked: Any = request if handler.request_deserializer else request.SerializeToString()
+            response = await handler.unary_unary(asked, context)  # type: ignore[arg-type]
         except Aborted:
             pass
         except NotImplementedError:

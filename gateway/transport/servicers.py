@@ -11,7 +11,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from entitlement.v1 import gateway_pb2, gateway_pb2_grpc
+from entitlement.v1 import gateway_pb2
 from gateway.admission import Admission, Loader
 from gateway.service import GatewayService
 from gateway.settings import Settings
@@ -42,7 +42,9 @@ class Servicers:
         self._watch: asyncio.Task[None] | None = None
 
     def register(self, server: Registrar) -> None:
-        gateway_pb2_grpc.add_EntitlementGatewayServicer_to_server(self._service, server)  # type: ignore[arg-type]
+        handlers = self._service.handlers()
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        server.add_registered_method_handlers(SERVICE, handlers)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)

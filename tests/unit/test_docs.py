@@ -120,7 +120,7 @@ DATA_PLANE = {
     "an amount, a balance": quantity.MAX_NANOS,
     "`event_time`": LIMITS.oldest_ms // periods.DAY,
     "a request": request.MAX_REQUEST_BYTES,
-    "requests of a batch": service.MAX_BATCH,
+    "requests of a batch": request.MAX_BATCH,
     "undecided requests of a stream": service.MAX_STREAM_IN_FLIGHT,
     "decisions in flight": gateway_settings.Settings().max_in_flight,
     "calls open in a gateway": asgi.MAX_CALLS,
