@@ -91,14 +91,15 @@ class GatewayService:
         self._admission.check_room(len(requests))
         parsed = [self._parsed(request) for request in requests]
         good = [consume for consume in parsed if type(consume) is Consume]
-        decided = iter(await self._admission.admit_many(good) if good else ())
-        for request, consume in zip(requests, parsed, strict=True):
-            outcome = next(decided) if type(consume) is Consume else consume
-            if type(outcome) is Decision and type(consume) is Consume:
-                fill(answer(), consume, outcome)
+        decided = await self._admission.admit_many(good) if good else []
+        if len(good) < len(parsed):
+            found = iter(decided)
+            decided = [next(found) if type(consume) is Consume else consume for consume in parsed]  # type: ignore[misc]
+        for request, consume, outcome in zip(requests, parsed, decided, strict=True):
+            if type(outcome) is Decision:
+                fill(answer(), consume, outcome)  # type: ignore[arg-type]
             else:
-                assert isinstance(outcome, EntitlementError)
-                answer().MergeFrom(_failed(request, outcome))
+                answer().MergeFrom(_failed(request, outcome))  # type: ignore[arg-type]
 
     def _parsed(self, request: bytes) -> Consume | EntitlementError:
         try:

@@ -42,7 +42,7 @@ class Packer:
         seat = self._seats.get((tenant, customer)) or self._seat(tenant, customer)
         known = self._charges.get(id(charge))
         prices = self._price(charge) if known is None else known[1]
-        event = b"$1\r\n0\r\n" if not request.event_ms else _bulk(request.event_ms)
+        event = _SMALL[0] if not request.event_ms else _bulk(request.event_ms)
         first, *more = lines
         quantities = _bulk(first.quantity)
         if more:
@@ -85,8 +85,13 @@ class Packer:
 
 
 def _bulk(number: int) -> bytes:
+    if number < len(_SMALL):
+        return _SMALL[number]
     text = b"%d" % number
     return b"$%d\r\n%b\r\n" % (len(text), text)
+
+
+_SMALL = [b"$%d\r\n%d\r\n" % (len(str(number)), number) for number in range(1_000)]
 
 
 def _bulks(arguments: Iterable[str | int]) -> bytes:
