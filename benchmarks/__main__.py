@@ -44,6 +44,7 @@ FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--grpcio-versions", is_flag=False, flag_value=VERSIONS, default="", help="Others to try; installs them.")
 @click.option("--allocator", type=click.Choice(["auto", "libc"]), default="auto", show_default=True, help=ALLOCATOR)
 @click.option("--pin/--no-pin", default=True, show_default=True, help="The gateway has the first core for itself.")
+@click.option("--minutes", type=click.IntRange(1, 600), help="What would begin later is left out.  [default: 180]")
 @click.pass_context
 def main(
     context: click.Context,
@@ -55,6 +56,7 @@ def main(
     grpcio_versions: str,
     allocator: str,
     pin: bool,
+    minutes: int | None,
 ) -> None:
     """Measures the product with real processes on this machine; exits with 1 when a number is void.
 
@@ -72,7 +74,7 @@ def main(
         scenarios=names,
         quick=quick,
         trials=trials or (1 if quick else 5),
-        budget_s=QUICK_BUDGET_S if quick else BUDGET_S,
+        budget_s=minutes * 60.0 if minutes else QUICK_BUDGET_S if quick else BUDGET_S,
     )
     with interruptible(130), _told():
         bed = _bed(plan, preload=machine.jemalloc() if allocator == "auto" else "", pinned=pin)
