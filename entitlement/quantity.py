@@ -11,6 +11,7 @@ MAX_QUANTITY = 10**15  # units in one usage line
 MAX_CUMULATIVE = 2**53 - 1  # units of one meter in one period: Lua numbers are exact below 2^53
 MAX_PRICE = 10**12  # nanos: the price of `per` units
 MAX_PER = 10**9  # units a price is for
+MAX_FLAT = 10**15  # nanos: the fee for reaching a tier
 MAX_NANOS = 2**63 - 1  # any amount or balance
 MAX_LINES = 16  # usage lines in one request
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from entitlement.catalog import Feature, Kind, RateCard
 from entitlement.errors import InvalidArgument
 from entitlement.identity import check_name
-from entitlement.quantity import MAX_PER, MAX_PRICE, within
-from entitlement.rating import Model, Rate
+from entitlement.quantity import MAX_PRICE, within
+from entitlement.rating import Model, Rate, Tier, check_rate
 from entitlement.v1 import ledger_pb2 as pb
-from ledger_sync.translate import check_dimensions, check_known, check_text, to_timestamp, unsupported
+from ledger_sync.translate import check_dimensions, check_known, check_text, to_timestamp
 
 MAX_RATES: Final = 1_000  # of a rate card
 MAX_VALUE_BYTES: Final = 1_024  # of a STATIC feature
-
-_MODELS = (pb.Rate.MODEL_UNSPECIFIED, pb.Rate.PER_UNIT, pb.Rate.GRADUATED, pb.Rate.VOLUME, pb.Rate.PACKAGE)
 
 
 def checked_feature(message: pb.Feature) -> Feature:
@@ -45,23 +44,34 @@ def checked_rates(card: pb.RateCard) -> tuple[Rate, ...]:
 
 def _checked_rate(field: str, rate: pb.Rate) -> Rate:
     check_name(f"{field}.feature", rate.feature)
-    if check_known(f"{field}.model", rate.model, _MODELS) > pb.Rate.PER_UNIT:
-        raise unsupported(f"{field}.model", pb.Rate.Model.Name(rate.model))
-    if len(rate.tiers) != 1:
-        raise InvalidArgument(f"{field}.tiers", f"has {len(rate.tiers)} tiers; PER_UNIT expects 1")
-    tier = rate.tiers[0]
-    if tier.up_to:
-        raise InvalidArgument(
-            f"{field}.tiers[0].up_to", f"{tier.up_to} has no meaning in PER_UNIT; expected 0 (no end)"
-        )
-    if tier.flat_nanos:
-        raise unsupported(f"{field}.tiers[0].flat_nanos", "a flat price")
-    return Rate(
-        feature=rate.feature,
-        price_nanos=within(f"{field}.tiers[0].price_nanos", tier.price_nanos, 0, MAX_PRICE),
-        per=within(f"{field}.per", rate.per or 1, 1, MAX_PER),
-        match=check_dimensions(f"{field}.match", dict(rate.match)),
+    model = Model(check_known(f"{field}.model", rate.model or int(Model.PER_UNIT), tuple(map(int, Model))))
+    tiered = model in (Model.GRADUATED, Model.VOLUME)
+    return check_rate(
+        field,
+        Rate(
+            feature=rate.feature,
+            price_nanos=0 if tiered else _single_price(f"{field}.tiers", model, rate.tiers),
+            per=rate.per or 1,
+            match=check_dimensions(f"{field}.match", dict(rate.match)),
+            model=model,
+            tiers=tuple(Tier(tier.up_to, tier.price_nanos, tier.flat_nanos) for tier in rate.tiers) if tiered else (),
+        ),
     )
+
+
+def _single_price(field: str, model: Model, tiers: Sequence[pb.Tier]) -> int:
+    """The price of a model without tiers, which the wire has as a tier without end."""
+    if len(tiers) != 1:
+        raise InvalidArgument(field, f"has {len(tiers)} tiers; {model.name} expects 1")
+    if tiers[0].up_to:
+        raise InvalidArgument(
+            f"{field}[0].up_to", f"{tiers[0].up_to} has no meaning in {model.name}; expected 0 (no end)"
+        )
+    if tiers[0].flat_nanos:
+        raise InvalidArgument(
+            f"{field}[0].flat_nanos", f"{tiers[0].flat_nanos} has no meaning in {model.name}; GRADUATED has flat fees"
+        )
+    return within(f"{field}[0].price_nanos", tiers[0].price_nanos, 0, MAX_PRICE)
 
 
 def feature_message(feature: Feature) -> pb.Feature:
@@ -82,12 +92,12 @@ def card_message(card: RateCard) -> pb.RateCard:
         credit_type=card.credit_type,
     )
     for rate in card.rates:
-        assert rate.model is Model.PER_UNIT
+        tiers = rate.tiers or (Tier(0, rate.price_nanos),)
         message.rates.add(
             feature=rate.feature,
             match=dict(rate.match),
-            model=pb.Rate.PER_UNIT,
+            model=int(rate.model),
             per=rate.per,
-            tiers=[pb.Tier(price_nanos=rate.price_nanos)],
+            tiers=[pb.Tier(up_to=t.up_to, price_nanos=t.price_nanos, flat_nanos=t.flat_nanos) for t in tiers],
         )
     return message

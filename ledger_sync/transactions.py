@@ -12,7 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from entitlement.identity import check_id
 from entitlement.journal import Consumed, decode
 from entitlement.quantity import format_amount
-from entitlement.rating import Rate
+from entitlement.rating import Model, Rate
 from entitlement.v1 import gateway_pb2, ledger_pb2
 from ledger_sync.posting import timestamp
 from ledger_sync.refusals import NotFound
@@ -146,7 +146,20 @@ def _rate_text(record: Consumed, rates: dict[str, Rate]) -> str:
     lines = []
     for line in record.lines:
         rate = rates.get(line.meter)
-        price = f"{format_amount(rate.price_nanos)} {record.credit_type} per {rate.per}" if rate else "no rate"
+        price = _price_text(rate, record.credit_type) if rate else "no rate"
         amount = f"{line.quantity} x {price} = {format_amount(line.amount)} {record.credit_type}"
         lines.append(f"{line.meter}: {amount} ({record.plan} version {record.rate_version})")
     return "\n".join(lines)
+
+
+def _price_text(rate: Rate, credit_type: str) -> str:
+    if not rate.tiers:
+        package = " package of" if rate.model is Model.PACKAGE else ""
+        return f"{format_amount(rate.price_nanos)} {credit_type} per{package} {rate.per}"
+    tiers = ", ".join(
+        f"{format_amount(tier.price_nanos)}"
+        + (f" + {format_amount(tier.flat_nanos)} flat" if tier.flat_nanos else "")
+        + (f" to {tier.up_to}" if tier.up_to else " beyond")
+        for tier in rate.tiers
+    )
+    return f"{rate.model.name} ({tiers}) {credit_type} per {rate.per}"

@@ -21,7 +21,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from redis.asyncio import Redis
 
 from entitlement import keys
-from entitlement.rating import Rate, cost
+from entitlement.rating import Rate, Tier, cost
 from entitlement.v1 import gateway_pb2, ledger_pb2
 from entitlement.v1.gateway_pb2_grpc import EntitlementGatewayStub
 from entitlement.v1.ledger_pb2_grpc import LedgerAdminStub
@@ -79,8 +79,12 @@ def on_sockets(folder: Path, transport: str) -> DevStack:
 def card(plan: str, *rates: Rate) -> ledger_pb2.RateCard:
     message = ledger_pb2.RateCard(id=plan, credit_type="USD")
     for rate in rates:
-        tier = ledger_pb2.Tier(price_nanos=rate.price_nanos)
-        message.rates.add(feature=rate.feature, match=dict(rate.match), per=rate.per, tiers=[tier])
+        tiers = [
+            ledger_pb2.Tier(up_to=tier.up_to, price_nanos=tier.price_nanos, flat_nanos=tier.flat_nanos)
+            for tier in rate.tiers or (Tier(0, rate.price_nanos),)
+        ]
+        model: Any = int(rate.model)
+        message.rates.add(feature=rate.feature, match=dict(rate.match), model=model, per=rate.per, tiers=tiers)
     return message
 
 

@@ -84,7 +84,7 @@ end
 
 -- One line after the other, on local copies. `reject` gives a reason; ADJUST_ONLY and shadow features go on all the same.
 local adjust, best = ARGV[3] == '4', ARGV[3] == '2'
-local verdict, shadow, denied, failed, any, capped = 1, 0, nil, nil, false, nil
+local verdict, shadow, denied, failed, any, capped, back = 1, 0, nil, nil, false, nil, false
 local charged, burned = {}, {}
 local total_h, total_l, over_h, over_l = 0, 0, a.oh, a.ol
 
@@ -121,7 +121,7 @@ for i = 1, n do
   local before = meters[meter]
   local h, l = amount(rate, before, quantity)
   if h == nil then return '!RANGE ' .. integer(i - 1) end
-  if (h > 0 or l > 0) and less(usable_h, usable_l, h, l) then
+  if h >= 0 and (h > 0 or l > 0) and less(usable_h, usable_l, h, l) then
     local reason = a.billing == 'A' and 8 or 6
     if caps then
       quantity, verdict, capped = affordable(rate, before, quantity, usable_h, usable_l), 2, reason
@@ -130,10 +130,11 @@ for i = 1, n do
   end
   if quantity > 0 then any = true end
 
-  -- Burn the grants in their order; what they do not cover is overage (grant number 0).
+  -- Burn the grants in their order; what they do not cover is overage (grant number 0). So is what comes back where a
+  -- VOLUME tier has made earlier units cheaper: it lowers the overage, or stands below zero and is credit.
   local parts, count, need_h, need_l = '', 0, h, l
   for _, g in ipairs(grants) do
-    if need_h == 0 and need_l == 0 then break end
+    if need_h < 0 or (need_h == 0 and need_l == 0) then break end
     if (g.h > 0 or g.l > 0) and active(g, at) and covers(g, feature) then
       local take_h, take_l = need_h, need_l
       if less(g.h, g.l, need_h, need_l) then take_h, take_l = g.h, g.l end
@@ -142,7 +143,8 @@ for i = 1, n do
       parts, count = parts .. struct.pack('<ddd', g.no, take_h, take_l), count + 1
     end
   end
-  if need_h > 0 or need_l > 0 then
+  if need_h ~= 0 or need_l ~= 0 then
+    back = back or need_h < 0
     over_h, over_l = add(over_h, over_l, need_h, need_l)
     parts, count = parts .. struct.pack('<ddd', 0, need_h, need_l), count + 1
   end
@@ -186,7 +188,7 @@ end
 a.oh, a.ol = over_h, over_l
 a.sequence = a.sequence + 1
 local crossings = '-'
-if not less(a.sh, a.sl, a.nh, a.nl) then crossings = cross(a) end
+if back or not less(a.sh, a.sl, a.nh, a.nl) then crossings = cross(a) end
 
 -- After this point it must succeed.
 local writes = {'d', write_state(a), 'g', write_grants(grants)}

@@ -20,7 +20,12 @@ DIMENSION: Final = Alphabet(is_value, "1..128 of A-Z a-z 0-9 . _ ~ @ / + -")
 FEATURE_KINDS: Final = {"metered": pb.Feature.METERED, "boolean": pb.Feature.BOOLEAN, "static": pb.Feature.STATIC}
 STATUSES: Final = {"active": pb.Customer.ACTIVE, "suspended": pb.Customer.SUSPENDED, "closed": pb.Customer.CLOSED}
 BILLINGS: Final = {"prepaid": pb.Contract.PREPAID, "arrears": pb.Contract.ARREARS, "trial": pb.Contract.TRIAL}
-MODELS: Final = {"per_unit": pb.Rate.PER_UNIT}
+MODELS: Final = {
+    "per_unit": pb.Rate.PER_UNIT,
+    "graduated": pb.Rate.GRADUATED,
+    "volume": pb.Rate.VOLUME,
+    "package": pb.Rate.PACKAGE,
+}
 CATEGORIES: Final = {
     "paid": pb.Grant.PAID,
     "promotional": pb.Grant.PROMOTIONAL,

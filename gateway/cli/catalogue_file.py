@@ -1,7 +1,8 @@
 """The catalogue file: what may stand in it. Pure: reads the given bytes and nothing else.
 
     features:    [{key, kind, unit, shadow, value}]
-    rate_cards:  [{id, credit_type, effective_at, rates: [{feature, match: {dimension: value}, price, per}]}]
+    rate_cards:  [{id, credit_type, effective_at, rates: [{feature, match: {dimension: value}, model, per,
+                   price  or  tiers: [{up_to, price, flat}]}]}]
     customers:   [{id or range: {prefix, from, to, width}, name, status, subjects, contract: {...}, grants: [{...}]}]
     contracts:   [{id, customer, rate_card, billing, allowance, gate_percent, thresholds, quotas, ...}]
     grants:      [{id, customer, amount, category, priority, ...}]
@@ -17,7 +18,8 @@ from typing import Final
 
 from entitlement.account import DEFAULT_THRESHOLDS, MAX_PERCENT
 from entitlement.identity import is_id, is_name
-from entitlement.quantity import MAX_PER, MAX_PRICE, MAX_QUANTITY
+from entitlement.quantity import MAX_CUMULATIVE, MAX_FLAT, MAX_PER, MAX_PRICE, MAX_QUANTITY
+from entitlement.rating import MAX_TIERS
 from entitlement.v1 import ledger_pb2 as pb
 from gateway.cli.catalogue import (
     BILLINGS,
@@ -188,17 +190,18 @@ class _Reader:
         return joined, owner
 
     def _rate(self, value: Value) -> pb.Rate:
-        f = value.fields("feature", "match", "model", "price", "per")
+        f = value.fields("feature", "match", "model", "price", "per", "tiers")
         match = f.pairs("match")
         for name, dimension in match.items():
             if not is_name(name):
                 raise Fault(dimension.where, repr(name), NAME.expected)
+        model = f.choice("model", MODELS, pb.Rate.PER_UNIT)
         return pb.Rate(
             feature=self._reference("feature", f["feature"], NAME),
             match={name: dimension.text(DIMENSION) for name, dimension in match.items()},
-            model=f.choice("model", MODELS, pb.Rate.PER_UNIT),
+            model=model,
             per=f.integer("per", 1, MAX_PER, 1),
-            tiers=[pb.Tier(price_nanos=f["price"].amount(MAX_PRICE))],
+            tiers=_tiers(f) if model in (pb.Rate.GRADUATED, pb.Rate.VOLUME) else [_single_tier(f)],
         )
 
     def _quota(self, value: Value) -> pb.QuotaLimit:
@@ -238,6 +241,37 @@ def _range(value: Value) -> list[str]:
     if not is_id(ids[-1]):
         raise f["prefix"].fault(f"a text that makes, with its number, {ID.expected}")
     return ids
+
+
+def _single_tier(f: Fields) -> pb.Tier:
+    if stray := f.get("tiers"):
+        raise Fault(stray.where, "tiers", "a price: only the models graduated and volume have tiers")
+    return pb.Tier(price_nanos=f["price"].amount(MAX_PRICE))
+
+
+def _tiers(f: Fields) -> list[pb.Tier]:
+    """Ascending; only the last one has no `up_to`."""
+    if stray := f.get("price"):
+        raise Fault(stray.where, "a price", "tiers: the models graduated and volume have their prices there")
+    given = f["tiers"].items()
+    if not 1 <= len(given) <= MAX_TIERS:
+        raise f["tiers"].fault(f"1..{MAX_TIERS} tiers")
+    tiers: list[pb.Tier] = []
+    for value in given:
+        tier = value.fields("up_to", "price", "flat")
+        above = tiers[-1].up_to if tiers else 0
+        if (end := tier.get("up_to")) is None and value is not given[-1]:
+            raise value.fault("up_to: only the last tier has no end")
+        if end is not None and value is given[-1]:
+            raise end.fault("no up_to: the last tier has no end")
+        tiers.append(
+            pb.Tier(
+                up_to=end.integer(above + 1, MAX_CUMULATIVE) if end is not None else 0,
+                price_nanos=tier["price"].amount(MAX_PRICE),
+                flat_nanos=flat.amount(MAX_FLAT) if (flat := tier.get("flat")) is not None else 0,
+            )
+        )
+    return tiers
 
 
 def _thresholds(f: Fields) -> list[int]:

@@ -53,12 +53,24 @@ def _feature(entry: pb.Feature) -> dict[str, str]:
 
 def _rate_card(entry: pb.RateCard) -> dict[str, str]:
     rates = {
-        " ".join(filter(None, (rate.feature, show.dimensions(rate.match.items())))): (
-            f"{format_amount(rate.tiers[0].price_nanos) if rate.tiers else '?'} per {rate.per or 1}"
-        )
+        " ".join(filter(None, (rate.feature, show.dimensions(rate.match.items())))): _price(rate)
         for rate in entry.rates
     }
     return {"credit_type": entry.credit_type, "effective_at": show.moment(entry.effective_at)} | rates
+
+
+def _price(rate: pb.Rate) -> str:
+    """'0.5 per 1000', 'volume per 1: 0.5 to 1000, then 0.4 and 10 flat'."""
+    tiers = ", then ".join(
+        format_amount(tier.price_nanos)
+        + (f" and {format_amount(tier.flat_nanos)} flat" if tier.flat_nanos else "")
+        + (f" to {tier.up_to}" if tier.up_to else "")
+        for tier in rate.tiers
+    )
+    per = f"per {rate.per or 1}"
+    if rate.model <= pb.Rate.PER_UNIT:
+        return f"{tiers or '?'} {per}"
+    return f"{pb.Rate.Model.Name(rate.model).lower()} {per}: {tiers}"
 
 
 def _customer(entry: pb.Customer) -> dict[str, str]:

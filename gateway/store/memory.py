@@ -31,11 +31,12 @@ from entitlement.decision import (
     Stale,
     Verdict,
 )
+from entitlement.errors import InvalidArgument
 from entitlement.identity import fingerprint
 from entitlement.journal import OVERAGE, Burn, BurnedLine, Consumed, Crossing, Rolled
 from entitlement.periods import period
 from entitlement.quantity import MAX_CUMULATIVE, MAX_NANOS
-from entitlement.rating import Rate, cost
+from entitlement.rating import affordable, amount, read_compiled
 from gateway.store.protocol import Sight
 
 
@@ -218,23 +219,23 @@ class _Attempt:
 
     def _within_credit(self, index: int, line: Line, price: Price, quantity: int) -> tuple[int, int]:
         account, before = self.account, self._counted(price.meter)
-        amount = _amount(price.rate, before, quantity, index)
+        nanos = _amount(price.rate, before, quantity, index)
         usable = account.gate - account.overage - account.held
         usable += sum(g.remaining for g in account.grants if g.active(self.at) and g.covers(line.feature))
-        if amount == 0 or amount <= usable:
-            return quantity, amount
+        if nanos <= 0 or nanos <= usable:
+            return quantity, nanos
         reason = Reason.ARREARS_GATE if account.config.billing is Billing.ARREARS else Reason.INSUFFICIENT_CREDITS
         if self._caps(price):
             self.verdict, self.capped = Verdict.ALLOW_WITH_CAPS, reason
-            quantity = _affordable(price.rate, before, quantity, usable)
+            quantity = affordable(read_compiled(price.rate), before, quantity, usable)
             return quantity, _amount(price.rate, before, quantity, index)
         self._reject(reason, index, price)
-        return quantity, amount
+        return quantity, nanos
 
     def _burn(self, feature: str, need: int) -> tuple[Burn, ...]:
         burns = []
         for grant in self.account.grants:
-            if need and grant.remaining and grant.active(self.at) and grant.covers(feature):
+            if need > 0 and grant.remaining and grant.active(self.at) and grant.covers(feature):
                 take = min(need, grant.remaining)
                 grant.remaining -= take
                 need -= take
@@ -289,31 +290,11 @@ def _roll(request: Consume, account: Account, now: int) -> Rolled:
     )
 
 
-def _rate(compiled: str) -> Rate:
-    _, price, per = compiled.split(" ")
-    return Rate("", int(price), int(per))
-
-
 def _amount(compiled: str, before: int, quantity: int, index: int) -> int:
-    rate = _rate(compiled)
-    after = cost(rate, before + quantity)
-    if before + quantity > MAX_CUMULATIVE or after > MAX_NANOS:
-        raise _OverBound(index)
-    return after - cost(rate, before)
-
-
-def _affordable(compiled: str, before: int, quantity: int, usable: int) -> int:
-    rate = _rate(compiled)
-    if usable < 0:
-        return 0
-    low, high, base = 0, quantity, cost(rate, before)
-    while low < high:
-        middle = low + (high - low + 1) // 2
-        if cost(rate, before + middle) - base <= usable:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    try:
+        return amount(read_compiled(compiled), before, quantity)
+    except InvalidArgument:
+        raise _OverBound(index) from None
 
 
 def _answer(

@@ -6,6 +6,7 @@ of inputs to a list of outputs, so that what is compared is what decides.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
@@ -14,14 +15,17 @@ from itertools import product
 import pytest
 import redis
 
+from entitlement.errors import InvalidArgument
 from entitlement.periods import DAY, Recurrence, period
-from entitlement.quantity import MAX_CUMULATIVE, MAX_NANOS, MAX_PER, MAX_PRICE, MAX_QUANTITY, NANOS
-from entitlement.rating import Rate, cost
+from entitlement.quantity import MAX_CUMULATIVE, MAX_FLAT, MAX_NANOS, MAX_PER, MAX_PRICE, MAX_QUANTITY, NANOS
+from entitlement.rating import Model, Rate, Tier, affordable, check_rate, cost
+from entitlement.rating import amount as exact_amount
 
 PAIRS = 100_000
+VECTORS = int(os.environ.get("RATING_VECTORS", "100000"))  # a million agree: RATING_VECTORS=1000000
 BATCH = 5_000
 
-Row = tuple[int, ...]
+Row = tuple[int | str, ...]
 Run = Callable[[str, Sequence[Row]], list[str]]
 
 DRIVER = """
@@ -46,6 +50,11 @@ local run = {
   affordable = {5, function(i)
     local h, l = num(ARGV[i + 4])
     return string.format('%d', affordable('U ' .. ARGV[i + 2] .. ' ' .. ARGV[i + 3], n(i), n(i + 1), h, l))
+  end},
+  rated = {4, function(i)
+    local h, l = num(ARGV[i + 3])
+    return pairs_text(cost_of(ARGV[i], n(i + 1) + n(i + 2))) .. ' ' .. pairs_text(amount(ARGV[i], n(i + 1), n(i + 2)))
+      .. string.format(' %d', affordable(ARGV[i], n(i + 1), n(i + 2), h, l))
   end},
   period = {3, function(i) return string.format('%d %d', period(n(i), n(i + 1), n(i + 2))) end},
 }
@@ -229,6 +238,43 @@ def test_what_is_affordable_is_the_most_that_does_not_pass_the_money(run: Run, s
         paid, more = amount(before, units, price, per), amount(before, units + 1, price, per)
         assert units == 0 or (paid is not None and paid <= money)
         assert units == quantity or money < 0 or more is None or more > money
+
+
+def any_rate(rng: random.Random) -> Rate:
+    model = rng.choice(list(Model))
+    price, per = number(rng, MAX_PRICE), max(1, rng.choice([1, 2, 3, 1_000, 10**6, MAX_PER, number(rng, MAX_PER)]))
+    if model in (Model.PER_UNIT, Model.PACKAGE):
+        return check_rate("rate", Rate("", price, per, model=model))
+    ends = sorted({max(1, number(rng, rng.choice([1_000, 10**9, MAX_CUMULATIVE]))) for _ in range(rng.randrange(6))})
+    most = rng.choice([10, 10**6, MAX_PRICE])
+    tiers = [Tier(end, number(rng, most), rng.choice([0, 0, number(rng, MAX_FLAT)])) for end in [*ends, 0]]
+    return check_rate("rate", Rate("", 0, per, model=model, tiers=tuple(tiers)))
+
+
+def test_every_model_rates_as_in_python(run: Run, seed: int) -> None:
+    """Costs, amounts and what is affordable of random rates: near the ends of their tiers, and at the bounds."""
+    rng = random.Random(seed)
+    rows: list[Row] = []
+    expected: dict[Row, str] = {}
+    for _ in range(VECTORS):
+        rate = any_rate(rng)
+        near = [tier.up_to + rng.randint(-2, 2) for tier in rate.tiers] or [rate.per * rng.randint(0, 3)]
+        total = min(MAX_CUMULATIVE, max(0, rng.choice([*near, number(rng, MAX_CUMULATIVE)])))
+        quantity = min(number(rng, total), MAX_QUANTITY)
+        whole = cost(rate, total)
+        try:
+            nanos: int | None = exact_amount(rate, total - quantity, quantity)
+        except InvalidArgument:
+            nanos = None
+        money = rng.choice([nanos or 0, (nanos or 0) - 1, 0, signed(rng), number(rng, abs(nanos or 1))])
+        row = (rate.compiled(), total - quantity, quantity, money)
+        texts = [pair_text(value) if value is not None and value <= MAX_NANOS else "nil" for value in (whole, nanos)]
+        units = 0 if cost(rate, total - quantity) > MAX_NANOS else affordable(rate, total - quantity, quantity, money)
+        expected[row] = f"{' '.join(texts)} {units}"
+        rows.append(row)
+    check(run, "rated", rows, lambda *row: expected[row])
+    negative = sum(text.split(" ")[2].startswith("-") for text in expected.values() if "nil" not in text)
+    assert negative > VECTORS // 1000  # VOLUME has given something back.
 
 
 def test_periods_agree_with_python_s(run: Run, seed: int) -> None:

@@ -18,7 +18,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from entitlement import keys
 from entitlement.identity import key_digest
 from entitlement.journal import Consumed, decode
-from entitlement.rating import Rate, amount, cost
+from entitlement.rating import Model, Rate, Tier, amount, cost
 from entitlement.v1 import events_pb2, gateway_pb2, ledger_pb2
 from entitlement.v1.gateway_pb2_grpc import EntitlementGatewayStub
 from gateway.cli.stack import DevStack
@@ -385,6 +385,40 @@ async def test_a_price_change_is_live_within_a_second_and_without_a_restart(at: 
     assert at.stack.pid("gateway") == pid
     await at.verified(customer)
     assert await at.booked(customer) == {answer.idempotency_key: amount_of(answer) for answer in answers}
+
+
+TIERS = (Tier(10, 1_000_003), Tier(25, 700_001, 5_000_000), Tier(0, 300_007))
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [
+        Rate("calls", 7_000_001, 3, model=Model.PACKAGE),
+        Rate("calls", 0, 7, model=Model.GRADUATED, tiers=TIERS),
+        Rate("calls", 0, 7, model=Model.VOLUME, tiers=TIERS),
+    ],
+    ids=lambda rate: rate.model.name,
+)
+@pytest.mark.parametrize("billing", [ledger_pb2.Contract.PREPAID, ledger_pb2.Contract.ARREARS])
+async def test_any_split_of_a_periods_usage_is_booked_at_the_cost_of_the_whole(
+    at: Site, rate: Rate, billing: ledger_pb2.Contract.Billing.ValueType
+) -> None:
+    """Answered, debited and booked alike. Where a volume tier gives something back, it stands below zero as credit."""
+    plan = fresh("plan")
+    await at.admin.PutRateCard(card(plan, rate), timeout=DEADLINE_S)
+    customer = await at.customer(10**9, contract=ledger_pb2.Contract(rate_card=plan, billing=billing))
+    used, answers = 0, []
+    for quantity in (1, 8, 1, 1, 13, 1, 1, 2, 30):
+        answers.append(await at.consume(customer, ("calls", quantity, "")))
+        assert (answers[-1].verdict, amount_of(answers[-1])) == (ALLOW, amount(rate, used, quantity))
+        used += quantity
+    total = cost(rate, used)
+    assert sum(map(amount_of, answers)) == total
+    balance = await at.balance(customer)
+    assert (balance.settled_nanos, balance.available_nanos) == (total, 10**9 - total)
+    await at.verified(customer)
+    assert await at.booked(customer) == {answer.idempotency_key: amount_of(answer) for answer in answers}
+    assert (min(map(amount_of, answers)) < 0) == (rate.model is Model.VOLUME)
 
 
 # The second memory of idempotency.

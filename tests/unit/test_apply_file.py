@@ -122,7 +122,7 @@ CARD = "rate_cards:\n  - id: llm\n    credit_type: USD\n    rates:\n      - {fea
         (
             CARD + "prise: 3}\n",
             "c.yaml:5: rate_cards[0].rates[0].prise: found an unknown field, "
-            "expected one of feature, match, model, price, per (did you mean 'price'?)",
+            "expected one of feature, match, model, price, per, tiers (did you mean 'price'?)",
         ),
         (
             CARD + 'price: "3.0000000001"}\n',
@@ -215,6 +215,44 @@ def test_amounts_are_exact_quoted_or_not(text: str) -> None:
     for written in (text, f'"{text}"'):
         catalogue = read(f"contracts: [{{id: c, customer: a, rate_card: r, billing: arrears, allowance: {written}}}]\n")
         assert catalogue.contracts[0].message.allowance_nanos == exact
+
+
+TIERED = "features: [{key: tokens}]\nrate_cards: [{id: r, credit_type: USD, rates: [{feature: tokens, %s}]}]"
+
+
+def test_every_model_has_its_prices_where_they_belong() -> None:
+    (card,) = read(
+        TIERED % 'model: volume, per: 10, tiers: [{up_to: 5, price: "2"}, {price: "1", flat: "0.5"}]'
+    ).rate_cards
+    assert card.message.rates[0] == pb.Rate(
+        feature="tokens",
+        model=pb.Rate.VOLUME,
+        per=10,
+        tiers=[
+            pb.Tier(up_to=5, price_nanos=2_000_000_000),
+            pb.Tier(price_nanos=1_000_000_000, flat_nanos=500_000_000),
+        ],
+    )
+    (card,) = read(TIERED % 'model: package, per: 10, price: "2"').rate_cards
+    assert card.message.rates[0].tiers == [pb.Tier(price_nanos=2_000_000_000)]
+
+
+@pytest.mark.parametrize(
+    ("rate", "problem"),
+    [
+        ("model: graduated, price: 1", "a price, expected tiers"),
+        ("model: graduated", "nothing, expected this field"),
+        ("model: graduated, tiers: []", "1..20 tiers"),
+        ("price: 1, tiers: [{price: 1}]", "tiers, expected a price"),
+        ("model: volume, tiers: [{up_to: 5, price: 1}]", "no up_to: the last tier has no end"),
+        ("model: volume, tiers: [{price: 1}, {price: 1}]", "up_to: only the last tier has no end"),
+        ("model: volume, tiers: [{up_to: 5, price: 1}, {up_to: 5, price: 1}, {price: 1}]", "found '5', expected"),
+        ("model: volume, tiers: [{price: -1}]", "found '-1', expected"),
+        ("model: volume, tiers: [{price: 1, flat: 1000001}]", "found '1000001', expected"),
+    ],
+)
+def test_tiers_that_do_not_add_up_are_refused(rate: str, problem: str) -> None:
+    assert any(problem in fault for fault in faults(TIERED % rate))
 
 
 def test_the_example_prices_every_model_of_the_replay_and_has_its_customers() -> None:

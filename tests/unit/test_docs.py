@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from google.protobuf import descriptor_pool, json_format, message_factory
 
-from entitlement import account, catalog, decision, identity, periods, quantity, request
+from entitlement import account, catalog, decision, identity, periods, quantity, rating, request
 from entitlement.v1 import events_pb2, gateway_pb2, ledger_pb2
 from gateway import service
 from gateway import settings as gateway_settings
@@ -136,6 +136,8 @@ DATA_PLANE = {
 CONTROL_PLANE = {
     "a price": quantity.MAX_PRICE // quantity.NANOS,
     "`per`": quantity.MAX_PER,
+    "tiers of a rate": rating.MAX_TIERS,
+    "a tier's flat fee": quantity.MAX_FLAT // quantity.NANOS,
     "rates of a card": catalog_messages.MAX_RATES,
     "grants of a customer": account.MAX_GRANTS,
     "features of a grant": grants.MAX_GRANT_FEATURES,

@@ -80,7 +80,7 @@ class Draw:
 
     def prices(self) -> dict[str, Price]:
         rng = self.rng
-        kinds = ["U {} {}"] * 20 + ["-", "!"]
+        kinds = ["U {} {}"] * 12 + ["P {} {}"] * 2 + TIERED * 4 + ["-", "!"]
         return {
             feature: Price(
                 feature if rng.random() < 0.8 else f"{feature},model=m1",
@@ -111,6 +111,9 @@ class Draw:
         if mode is not Mode.CHECK_ONLY and not any(quantity for _, quantity in usage):
             usage[0] = (usage[0][0], 1)
         return request(f"k{rng.randrange(number + 1)}", *usage, mode=mode, event_ms=self.event_ms())
+
+
+TIERED = [f"{letter} {{1}} 5,{{0}},7 40,1,0 0,0,{{1}}" for letter in "GV"]
 
 
 def timeless(outcome: Outcome) -> Outcome:
