@@ -200,7 +200,8 @@ def _drain_rate(results: Results) -> Target:
 
 def _lag(results: Results) -> Target:
     values = percentiles_ms(results.measured(*DRAIN, "lag"), 99)
-    return Line(results, "journal to ledger under half of that rate: p99", DRAIN).at_most(1_000, " ms", values)
+    what = "journal to ledger under a steady load, all on two cores: p99"
+    return Line(results, what, DRAIN).at_most(1_000, " ms", values)
 
 
 def _cold_one(results: Results) -> Target:
