@@ -6,6 +6,7 @@ Both processes use it: the gateway for live calls, ledger_sync for usage that di
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import lru_cache
 from struct import Struct
 from struct import error as StructError
 from typing import TypeAlias
@@ -21,6 +22,7 @@ from entitlement.quantity import NANOS
 # The answer as consume.lua packs it, little-endian: an amount is 'IbI' = i5 I4, a quantity 'IHB' = I7,
 # a sequence 'IH' = I6.
 _HEAD = Struct("<BBBBI IH I IbI IbI")  # verdict reason failed flags epoch, sequence, version, available, settled
+_PLAIN = Struct("<BBBBI IH I IbI IbI B IHB IbI")  # head, number of lines, and the only line: no rest, no quota
 _REST = Struct("<IbI IbI IbI")  # held, overage, gate: only when one of them is not zero
 _LINE = Struct("<IHB IbI")  # quantity, amount
 _QUOTA = Struct("<B IHb IHB IH")  # soft (255: no quota), used (below zero after a repair), limit, resets_ms
@@ -250,6 +252,8 @@ def _parse_refusal(reply: bytes) -> Outcome:
 
 def parse_answer(reply: bytes, at: int, credit_type: str, request: Consume, *, replayed: bool) -> Decision:
     """The decision in a (stored) answer that starts at `at`."""
+    if len(reply) == at + _PLAIN.size and reply[at + 3] <= _SHADOW:
+        return _plain(_PLAIN.unpack_from(reply, at), credit_type, replayed=replayed)
     (verdict, reason, failed, flags, epoch, s0, s1, version, a0, a1, a2, t0, t1, t2) = _HEAD.unpack_from(reply, at)
     at += _HEAD.size
     held = overage = gate = 0
@@ -278,11 +282,39 @@ def parse_answer(reply: bytes, at: int, credit_type: str, request: Consume, *, r
         (t0 + (t1 << 32)) * NANOS + t2,
         overage,
         gate,
-        str(version) if version else "",
+        _version(version),
         charged,
         quotas,
         replayed,
     )
+
+
+def _plain(fields: tuple[int, ...], credit_type: str, *, replayed: bool) -> Decision:
+    """One line, granted, of an account without overage, holds, gate and quota: what most answers are."""
+    verdict, reason, failed, flags, epoch, s0, s1, version, a0, a1, a2, t0, t1, t2, _, q0, q1, q2, c0, c1, c2 = fields
+    return Decision(
+        _VERDICTS[verdict],
+        _REASONS[reason],
+        -1 if failed == _NONE else failed,
+        flags == _SHADOW,
+        epoch,
+        s0 + (s1 << 32),
+        credit_type,
+        (a0 + (a1 << 32)) * NANOS + a2,
+        0,
+        (t0 + (t1 << 32)) * NANOS + t2,
+        0,
+        0,
+        _version(version),
+        (Charged(q0 + (q1 << 32) + (q2 << 48), (c0 + (c1 << 32)) * NANOS + c2),),
+        (),
+        replayed,
+    )
+
+
+@lru_cache(4096)
+def _version(number: int) -> str:
+    return str(number) if number else ""
 
 
 def _parse_lines(

@@ -15,6 +15,7 @@ DIGEST_BYTES = 16
 
 # No ':' '{' '}' ';' ',' space, control or non-ASCII character: an id stands unescaped in keys, records and logs.
 _ID = re.compile(r"[A-Za-z0-9._~@/+=-]{1,128}", re.ASCII)
+ID_BYTES = bytes(code for code in range(128) if _ID.fullmatch(chr(code)))  # all that may stand in an id
 _NAME = re.compile(r"[a-z][a-z0-9._-]{0,63}", re.ASCII)
 _VALUE = re.compile(r"[A-Za-z0-9._~@/+-]{1,128}", re.ASCII)
 

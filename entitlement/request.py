@@ -6,7 +6,7 @@ from google.protobuf.message import DecodeError
 
 from entitlement.decision import Consume, Line, Mode, Shape
 from entitlement.errors import InvalidArgument
-from entitlement.identity import MAX_DIMENSIONS, check_id, check_name, check_value, is_id
+from entitlement.identity import ID_BYTES, MAX_DIMENSIONS, check_id, check_name, check_value, is_id
 from entitlement.quantity import MAX_LINES, MAX_QUANTITY
 from entitlement.v1 import gateway_pb2 as pb
 
@@ -81,7 +81,9 @@ def _read(tenant: str, data: bytes) -> Consume | None:
         customer_end = key_end + 2 + data[key_end + 1]
         if data[0] != _KEY or data[key_end] != _CUSTOMER or customer_end - key_end >= _LONG or key_end >= _LONG:
             return None
-        key, customer = data[2:key_end].decode("ascii"), data[key_end + 2 : customer_end].decode("ascii")
+        key, customer = data[2:key_end], data[key_end + 2 : customer_end]
+        if not key or not customer or key.translate(None, ID_BYTES) or customer.translate(None, ID_BYTES):
+            return None
         at, size, subject = customer_end, len(data), ""
         if data[at] == _SUBJECT:
             end = at + 2 + data[at + 1]
@@ -115,9 +117,7 @@ def _read(tenant: str, data: bytes) -> Consume | None:
         return None
     if at != size or size > MAX_REQUEST_BYTES or not 1 <= len(lines) <= MAX_LINES:
         return None
-    if not (is_id(key) and is_id(customer)):
-        return None
-    return Consume(tenant, customer, subject, key, mode, 0, tuple(lines), data)
+    return Consume(tenant, customer.decode("ascii"), subject, key.decode("ascii"), mode, 0, tuple(lines), data)
 
 
 def parse_consume(tenant: str, request: pb.CheckAndConsumeRequest) -> Consume:

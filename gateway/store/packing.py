@@ -32,8 +32,11 @@ class Packer:
     def __init__(self, sha: str, limits: Limits, partitions: int) -> None:
         name = _bulks(("EVALSHA", sha, 3))
         self._starts = [b"*%d\r\n%b" % (_FIXED_ARGUMENTS + 5 * lines, name) for lines in range(MAX_LINES + 1)]
-        self._limits = limits
         self._partitions = partitions
+        prefixes = [keys.idempotency(partition, b"") for partition in range(partitions)]
+        self._prefixes = [b"$%d\r\n%b" % (len(prefix) + DIGEST_BYTES, prefix) for prefix in prefixes]
+        self._journals = [_bulks((keys.journal(partition),)) + b"$8\r\n" for partition in range(partitions)]
+        self._window = _bulks(account_arguments("", "", limits)[1:])  # The same for every customer.
         self._seats: dict[tuple[str, str], _Seat] = {}
         self._charges: dict[int, tuple[Charge, bytes]] = {}
 
@@ -63,16 +66,16 @@ class Packer:
         )
 
     def _seat(self, tenant: str, customer: str) -> _Seat:
-        if len(self._seats) >= MAX_REMEMBERED:
-            self._seats.clear()
+        """Remembered while there is room. Nothing is forgotten to make some: that would be a pause now and then."""
         partition = keys.partition_of(tenant, customer, self._partitions)
-        prefix = keys.idempotency(partition, b"")
+        account, who = keys.account(partition, tenant, customer).encode(), f"{tenant} {customer}".encode()
         seat = _Seat(
-            _bulks((keys.account(partition, tenant, customer),)) + b"$%d\r\n%b" % (len(prefix) + DIGEST_BYTES, prefix),
-            _bulks((keys.journal(partition),)) + b"$8\r\n",
-            _bulks(account_arguments(tenant, customer, self._limits)),
+            b"$%d\r\n%b\r\n%b" % (len(account), account, self._prefixes[partition]),
+            self._journals[partition],
+            b"$%d\r\n%b\r\n%b" % (len(who), who, self._window),
         )
-        self._seats[tenant, customer] = seat
+        if len(self._seats) < MAX_REMEMBERED:
+            self._seats[tenant, customer] = seat
         return seat
 
     def _price(self, charge: Charge) -> bytes:

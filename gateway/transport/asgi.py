@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Iterable, Mapping
 from contextlib import suppress
+from itertools import takewhile
 from typing import Any
 
 import grpc
@@ -53,6 +54,10 @@ class GrpcApp:
         self._limit = max_message_bytes
         self._max_calls = max_calls
         self._deadlines: Deadlines[Context] | None = None
+        self._young: dict[
+            Context, float
+        ] = {}  # calls that nobody has looked after yet, and when they began; oldest first
+        self._watching = False
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
         self._methods |= {f"/{service}/{name}": handler for name, handler in handlers.items()}
@@ -105,20 +110,33 @@ class GrpcApp:
         deadlines = self._deadlines
         if deadlines is None:
             deadlines = self._deadlines = Deadlines(asyncio.get_running_loop(), self._due)
-        now = deadlines.now()
-        due = now + LOOK_EVERY_S
+        now = self._young[context] = deadlines.now()
+        if not self._watching:
+            self._watching = True
+            asyncio.get_running_loop().call_at(now + LOOK_EVERY_S, self._look)
         if wanted is not None:
             try:
                 context.deadline = now + parse_timeout(wanted)
             except ValueError as error:
                 context.fail(grpc.StatusCode.INVALID_ARGUMENT, str(error))
                 raise Aborted from None
-            if context.deadline < due:
-                due = context.deadline
-        context.tick = deadlines.at(due, context)
+            if context.deadline < now + LOOK_EVERY_S:
+                context.tick = deadlines.at(context.deadline, context)
+
+    def _look(self) -> None:
+        """Most calls have ended before they are as old as this: only those that last are looked after one by one."""
+        assert self._deadlines is not None
+        oldest = self._deadlines.now() - LOOK_EVERY_S
+        for context in [context for context, began in takewhile(lambda young: young[1] <= oldest, self._young.items())]:
+            del self._young[context]
+            self._lasts(context)
+        self._watching = bool(self._young)
+        if self._watching:
+            asyncio.get_running_loop().call_at(next(iter(self._young.values())) + LOOK_EVERY_S, self._look)
 
     def _end(self, context: Context) -> None:
         context.finished = True
+        self._young.pop(context, None)
         if context.tick and self._deadlines is not None:
             self._deadlines.forget(context.tick, context)
         for callback in context.callbacks:
@@ -130,14 +148,16 @@ class GrpcApp:
             await context.finish()
 
     def _due(self, context: Context) -> None:
-        """A call lasts: its deadline is here, or it is remembered; somebody looks whether its peer is still there."""
-        deadlines, deadline = self._deadlines, context.deadline
-        if context.finished or deadlines is None:
+        context.tick = 0
+        context.expire()
+
+    def _lasts(self, context: Context) -> None:
+        """A call takes long: its deadline is remembered, and somebody looks whether its peer is still there."""
+        if context.finished:
             return
-        if deadline is not None and deadlines.now() >= deadline:
-            context.expire()
-            return
-        context.tick = deadlines.at(deadline, context) if deadline is not None else 0
+        if context.deadline is not None and not context.tick:
+            assert self._deadlines is not None
+            context.tick = self._deadlines.at(context.deadline, context)
         context.slow = True
         if not context.reading:
             context.watcher = asyncio.create_task(look(context))

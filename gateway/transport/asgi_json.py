@@ -82,7 +82,14 @@ class JsonApp:
         content = dict(scope["headers"]).get(b"content-type", b"").split(b";")[0].strip()
         if content != b"application/json":
             raise _Refused("INVALID_ARGUMENT", "content-type: expected application/json or application/grpc", 415)
-        return await self._call(handler, context, _parsed(path, await self._body(context.receive)))
+        method = _method(path)
+        request = _parsed(method, await self._body(context.receive))
+        answer = await self._call(handler, context, request)
+        return (
+            answer
+            if isinstance(answer, Message)
+            else message_factory.GetMessageClass(method.output_type).FromString(answer)
+        )
 
     async def _body(self, receive: Receive) -> bytes:
         event = await receive()
@@ -98,9 +105,9 @@ class JsonApp:
             raise _Refused("RESOURCE_EXHAUSTED", f"the body is over the limit of {self._limit} bytes", 413)
         return body
 
-    async def _call(self, handler: Handler, context: Context, request: Message) -> Message:
+    async def _call(self, handler: Handler, context: Context, request: Message) -> Message | bytes:
         assert handler.unary_unary is not None
-        response = request
+        response: Message | bytes = b""
         try:
             asked: Any = request if handler.request_deserializer else request.SerializeToString()
             response = await handler.unary_unary(asked, context)  # type: ignore[arg-type]
@@ -115,11 +122,14 @@ class JsonApp:
         return response
 
 
-def _parsed(path: str, body: bytes) -> Message:
+def _method(path: str) -> Any:
     try:
-        method: Any = descriptor_pool.Default().FindMethodByName(path.strip("/").replace("/", "."))
+        return descriptor_pool.Default().FindMethodByName(path.strip("/").replace("/", "."))
     except KeyError:
         raise _Refused("UNIMPLEMENTED", f"{path[:200]} has no JSON form", 404) from None
+
+
+def _parsed(method: Any, body: bytes) -> Message:
     request: Message = message_factory.GetMessageClass(method.input_type)()
     if body and body.lstrip()[:1] != b"{":  # An empty list would pass for an empty message.
         raise _Refused("INVALID_ARGUMENT", "body: expected a JSON object")
