@@ -152,7 +152,7 @@ def growth(results: Results) -> str:
 
 def latency_ledger(results: Results) -> str:
     series = [
-        percentiles("journal to ledger, half load", results.measured("drain", "envoy", "lag")),
+        percentiles("journal to ledger, half load", results.measured("drain", "envoy", "half lag")),
         percentiles("first call of a cold account", results.measured("cold", "envoy", "install")),
         percentiles("LLM trace", results.measured("trace", "envoy", "trace")),
     ]

@@ -54,9 +54,7 @@ class GrpcApp:
         self._limit = max_message_bytes
         self._max_calls = max_calls
         self._deadlines: Deadlines[Context] | None = None
-        self._young: dict[
-            Context, float
-        ] = {}  # calls that nobody has looked after yet, and when they began; oldest first
+        self._young: dict[Context, float] = {}  # not looked after yet: when they began, oldest first
         self._watching = False
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:

@@ -70,7 +70,7 @@ def results() -> Results:
             _scenario("keys", ["uniform", "one"], ["capacity", "batch 64"]),
             _scenario("denials", ["0 %", "50 %"], ["capacity"]),
             _scenario("growth", ["1000", "1000000"], ["installed", "capacity", "batch 64"]),
-            _scenario("drain", ["envoy"], ["drain", "copy", "lag", "capacity"]),
+            _scenario("drain", ["envoy"], ["drain", "copy", "half lag", "capacity"]),
             _scenario("cold", ["envoy"], ["install", "all at once"]),
             _scenario("trace", ["envoy"], ["trace"]),
         ),
