@@ -5,6 +5,7 @@ grpcio would tell callers an exception's class and text, and inflate a compresse
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
@@ -74,8 +75,15 @@ class GuardedServer:
 
     async def _guarded(self, context: _Context, work: Awaitable[_Result]) -> _Result:
         try:
+            return await self._told(context, work)
+        except grpc.aio.InternalError:  # What was to be sent cannot be: the caller has gone, and nobody has failed.
+            raise asyncio.CancelledError from None
+
+    async def _told(self, context: _Context, work: Awaitable[_Result]) -> _Result:
+        """What `work` returns; its error is told to the caller."""
+        try:
             return await work
-        except grpc.aio.AbortError:
+        except (grpc.aio.AbortError, grpc.aio.InternalError):
             raise
         except BadFrame as error:
             too_large = grpc.StatusCode.RESOURCE_EXHAUSTED
