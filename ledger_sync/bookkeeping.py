@@ -8,15 +8,19 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from entitlement.journal import OVERAGE, Adjusted, Consumed, Rolled
+from entitlement.periods import HOUR
 from ledger_sync import books, hot_deltas, quarantine
+from ledger_sync.announcements import queue_webhooks
 from ledger_sync.books import Position, Who
-from ledger_sync.posting import Posted, close_key, delta_key
+from ledger_sync.posting import Expired, Posted, close_key, delta_key
+from ledger_sync.rated import RATED
 from ledger_sync.settlement import Earlier, Known, Outcome, Settlement, merged
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Connection
 
 MAX_GRANTS_REMEMBERED: Final = 200_000
+AHEAD_MS: Final = HOUR  # the ledger's clock, by which grants are booked as expired, may be ahead of the hot store's
 
 # Plans are made while tables are small and kept when they are large: they shall go by the index from the start.
 _PLAN: Final = "SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off"
@@ -35,7 +39,10 @@ _TRANSACTIONS: Final = """
 SELECT idempotency_key, kind FROM transactions
 WHERE tenant = $1 AND idempotency_key = ANY($2::text[]) AND kind <> 'consume'"""
 
-_GRANTS: Final = "SELECT no, tenant, customer, id FROM grants WHERE no = ANY($1::bigint[])"
+_GRANTS: Final = "SELECT no, tenant, customer, id, expires_ms FROM grants WHERE no = ANY($1::bigint[])"
+
+_EXPIRED: Final = """
+SELECT grant_no, remaining, broken FROM grant_balances WHERE grant_no = ANY($1::bigint[]) AND broken > 0"""
 
 _IDS: Final = "SELECT ARRAY(SELECT nextval('transactions_id_seq') FROM generate_series(1, $1))"
 
@@ -54,15 +61,20 @@ _REMAINING: Final = """
 UPDATE grant_balances b SET remaining = b.remaining + n.nanos
 FROM unnest($1::bigint[], $2::bigint[]) AS n (no, nanos) WHERE b.grant_no = n.no"""
 
+_BROKEN: Final = """
+UPDATE grant_balances b SET broken = b.broken + n.nanos
+FROM unnest($1::bigint[], $2::bigint[]) AS n (no, nanos) WHERE b.grant_no = n.no"""
+
 _SETTLED: Final = """
 INSERT INTO account_periods AS p (tenant, customer, period_start, settled)
 SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[])
 ON CONFLICT (tenant, customer, period_start) DO UPDATE SET settled = p.settled + excluded.settled"""
 
 _UNITS: Final = """
-INSERT INTO meters AS m (tenant, customer, period_start, meter, quantity)
-SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::bigint[])
-ON CONFLICT (tenant, customer, period_start, meter) DO UPDATE SET quantity = m.quantity + excluded.quantity"""
+INSERT INTO meters AS m (tenant, customer, period_start, meter, quantity, amount)
+SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::bigint[], $6::bigint[])
+ON CONFLICT (tenant, customer, period_start, meter)
+DO UPDATE SET quantity = m.quantity + excluded.quantity, amount = m.amount + excluded.amount"""
 
 _CONFIRMED: Final = """
 DELETE FROM hot_deltas d USING unnest($1::text[], $2::text[], $3::bigint[]) AS n (tenant, customer, version)
@@ -74,6 +86,7 @@ class Bookkeeper:
 
     def __init__(self) -> None:
         self._grants: dict[int, tuple[Who, str]] = {}
+        self._expiring: dict[int, int] = {}  # when, of those that do
 
     async def book(self, connection: Connection, batch: Sequence[Posted], refused: str = "") -> Outcome:
         """Settles a batch in the caller's transaction. `refused`: see Settlement.settle."""
@@ -101,7 +114,17 @@ class Bookkeeper:
             await _events(connection, batch),
             await _transactions(connection, batch),
             await self._names(connection, batch),
+            await self._expired(connection, batch),
         )
+
+    async def _expired(self, connection: Connection, batch: Sequence[Posted]) -> dict[int, Expired]:
+        """Of the grants that a batch names: those which have been booked to breakage. Few batches name one."""
+        now_ms = max([posted.record.recorded_ms for posted in batch]) + AHEAD_MS
+        if not any(at_ms <= now_ms for at_ms in self._expiring.values()):
+            return {}
+        named = [no for no in _grants_of(batch) if self._expiring.get(no, now_ms + 1) <= now_ms]
+        rows = await connection.fetch(_EXPIRED, named) if named else []
+        return {row["grant_no"]: Expired(row["remaining"], row["broken"]) for row in rows}
 
     async def _names(self, connection: Connection, batch: Sequence[Posted]) -> dict[int, tuple[Who, str]]:
         named = _grants_of(batch)
@@ -109,8 +132,11 @@ class Bookkeeper:
         if missing:
             if len(self._grants) + len(missing) > MAX_GRANTS_REMEMBERED:
                 self._grants = {no: self._grants[no] for no in named if no in self._grants}
-            for no, tenant, customer, grant in await connection.fetch(_GRANTS, missing):
+                self._expiring = {no: at for no, at in self._expiring.items() if no in self._grants}
+            for no, tenant, customer, grant, expires_ms in await connection.fetch(_GRANTS, missing):
                 self._grants[no] = ((tenant, customer), grant)
+                if expires_ms:
+                    self._expiring[no] = expires_ms
         return {no: self._grants[no] for no in named if no in self._grants}
 
 
@@ -167,19 +193,24 @@ async def _write_rows(connection: Connection, rows: books.Books) -> None:
         ("transactions", books.TRANSACTIONS, rows.transactions),
         ("entries", books.ENTRIES, rows.entries),
         ("outbox", books.OUTBOX, rows.outbox),
+        ("ended_periods", books.ENDED, rows.ended),
     ):
         if records:
             await connection.copy_records_to_table(table, records=records, columns=columns)
+    if any(row[3] != RATED for row in rows.outbox):
+        await queue_webhooks(connection, rows.outbox)  # type: ignore[arg-type]
 
 
 async def _move(connection: Connection, settlement: Settlement) -> None:
     rows = settlement.books
     if rows.remaining:
         await connection.execute(_REMAINING, *_columns(sorted(rows.remaining.items())))
+    if rows.broken:
+        await connection.execute(_BROKEN, *_columns(sorted(rows.broken.items())))
     if rows.settled:
         await connection.execute(_SETTLED, *_columns((*key, nanos) for key, nanos in sorted(rows.settled.items())))
     if rows.units:
-        await connection.execute(_UNITS, *_columns((*key, units) for key, units in sorted(rows.units.items())))
+        await connection.execute(_UNITS, *_columns((*key, *both) for key, both in sorted(rows.units.items())))
     if settlement.confirmed:
         await connection.execute(
             _CONFIRMED, *_columns((*who, version) for who, version in sorted(settlement.confirmed.items()))

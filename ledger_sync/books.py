@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from entitlement.journal import Consumed, Header
+from entitlement.journal import Consumed, Header, Rolled
 from ledger_sync.posting import Booking, Posted
 
 Who = tuple[str, str]  # tenant, customer
@@ -31,6 +31,7 @@ TRANSACTIONS: Final = (
     ),
 )
 ENTRIES: Final = ("transaction_id", "line", "account", "grant_no", "amount", "credit_type")
+ENDED: Final = ("tenant", "customer", "period_start", "period_end", "next_start", "overage", "epoch", "sequence")
 OUTBOX: Final = ("event_id", "tenant", "customer", "type", "body")
 
 
@@ -67,7 +68,9 @@ class Books:
         self.outbox: list[tuple[object, ...]] = []
         self.remaining: dict[int, int] = {}  # of each grant
         self.settled: dict[tuple[str, str, int], int] = {}  # of each account and period
-        self.units: dict[tuple[str, str, int, str], int] = {}  # of each account, period and meter
+        self.units: dict[tuple[str, str, int, str], list[int]] = {}  # of each account, period, meter: and nanos
+        self.broken: dict[int, int] = {}  # of each grant
+        self.ended: list[tuple[object, ...]] = []
 
     def next_id(self) -> int:
         return next(self._ids)
@@ -96,8 +99,9 @@ class Books:
         tenant, customer, period = record.tenant, record.customer, record.period_start
         for line in record.lines:
             amount += line.amount
-            meter = (tenant, customer, period, line.meter)
-            self.units[meter] = self.units.get(meter, 0) + line.quantity
+            meter = self.units.setdefault((tenant, customer, period, line.meter), [0, 0])
+            meter[0] += line.quantity
+            meter[1] += line.amount
         cycle = (tenant, customer, period)
         self.settled[cycle] = self.settled.get(cycle, 0) + amount
         self.events.append(
@@ -113,6 +117,15 @@ class Books:
                 ),
                 *(period, record.epoch, record.sequence, amount, record.credit_type, record.plan, record.rate_version),
                 *(posted.arrival.data, transaction),
+            )
+        )
+
+    def ended_period(self, position: Position, record: Rolled) -> None:
+        """The page that a record turns, for its invoice."""
+        self.ended.append(
+            (
+                *(record.tenant, record.customer, position.period_start, position.period_end, record.period_start),
+                *(record.closed_overage, record.epoch, record.sequence),
             )
         )
 

@@ -55,7 +55,7 @@ class Locked(msgspec.Struct, frozen=True):
 
 
 _LOCK = """
-SELECT partition, config, epoch, version, overage, (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS now_ms
+SELECT partition, config, epoch, version, overage, ledger_now_ms() AS now_ms
 FROM accounts WHERE tenant = $1 AND customer = $2 FOR UPDATE"""
 
 
@@ -72,7 +72,7 @@ async def lock(connection: Connection, tenant: str, customer: str) -> Locked:
 
 async def now_ms(connection: Connection) -> int:
     """The database's clock: what an administrative change that names no time is dated by."""
-    now: int = await connection.fetchval("SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint")
+    now: int = await connection.fetchval("SELECT ledger_now_ms()")
     return now
 
 
@@ -82,7 +82,8 @@ async def book(connection: Connection, transaction: Transaction) -> int:
     number: int = await connection.fetchval(
         """INSERT INTO transactions (tenant, customer, kind, idempotency_key, event_time, recorded_at, epoch, sequence,
                                      version, note)
-           VALUES ($1, $2, $3, $4, coalesce($5::timestamptz, clock_timestamp()), clock_timestamp(), $6, 0, $7, $8)
+           VALUES ($1, $2, $3, $4, coalesce($5::timestamptz, to_timestamp(ledger_now_ms() / 1000.0)),
+                   to_timestamp(ledger_now_ms() / 1000.0), $6, 0, $7, $8)
            RETURNING id""",
         *(transaction.tenant, transaction.customer, transaction.kind, transaction.key),
         timestamp(transaction.event_ms) if transaction.event_ms else None,

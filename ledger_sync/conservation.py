@@ -21,6 +21,15 @@ FROM grants g JOIN grant_balances b ON b.grant_no = g.no
      ON s.grant_no = g.no
 WHERE g.tenant = $1 AND ($2 = '' OR g.customer = $2) AND b.remaining <> coalesce(s.amount, 0)"""
 
+_BROKEN: Final = """
+SELECT g.customer, 'broken:' || g.no AS part, b.broken AS projected, coalesce(s.amount, 0)::bigint AS entries
+FROM grants g JOIN grant_balances b ON b.grant_no = g.no
+     LEFT JOIN (SELECT e.account, -sum(e.amount) AS amount FROM entries e JOIN transactions t ON t.id = e.transaction_id
+                WHERE t.tenant = $1 AND ($2 = '' OR t.customer = $2) AND e.account LIKE 'expired:%'
+                GROUP BY e.account) s
+     ON s.account = 'expired:' || g.id
+WHERE g.tenant = $1 AND ($2 = '' OR g.customer = $2) AND b.broken <> coalesce(s.amount, 0)"""
+
 _OVERAGE: Final = """
 SELECT a.customer, 'overage' AS part, a.overage AS projected, (-coalesce(s.amount, 0))::bigint AS entries
 FROM accounts a LEFT JOIN (
@@ -34,18 +43,33 @@ SELECT customer, 'settled:' || period_start AS part, coalesce(p.settled, 0) AS p
        coalesce(s.amount, 0)::bigint AS entries
 FROM (SELECT customer, period_start, settled FROM account_periods
       WHERE tenant = $1 AND ($2 = '' OR customer = $2)) p
-     FULL JOIN (SELECT customer, period_start, sum(amount) AS amount FROM usage_events
-                WHERE tenant = $1 AND ($2 = '' OR customer = $2) GROUP BY 1, 2) s USING (customer, period_start)
+     FULL JOIN (SELECT customer, period_start, sum(amount) AS amount FROM (
+                    SELECT customer, period_start, amount FROM usage_events
+                    WHERE tenant = $1 AND ($2 = '' OR customer = $2)
+                    UNION ALL SELECT customer, period_start, difference FROM corrections
+                    WHERE tenant = $1 AND ($2 = '' OR customer = $2)) booked GROUP BY 1, 2) s
+                USING (customer, period_start)
 WHERE coalesce(p.settled, 0) <> coalesce(s.amount, 0)"""
 
 _REVENUE: Final = """
 SELECT customer, 'revenue' AS part, coalesce(u.amount, 0)::bigint AS projected, coalesce(r.amount, 0)::bigint AS entries
-FROM (SELECT customer, sum(amount) AS amount FROM usage_events
-      WHERE tenant = $1 AND ($2 = '' OR customer = $2) GROUP BY customer) u
+FROM (SELECT customer, sum(amount) AS amount FROM (
+          SELECT customer, amount FROM usage_events WHERE tenant = $1 AND ($2 = '' OR customer = $2)
+          UNION ALL SELECT customer, difference FROM corrections
+          WHERE tenant = $1 AND ($2 = '' OR customer = $2)) booked GROUP BY customer) u
      FULL JOIN (SELECT t.customer, sum(e.amount) AS amount FROM entries e JOIN transactions t ON t.id = e.transaction_id
                 WHERE t.tenant = $1 AND ($2 = '' OR t.customer = $2) AND e.account LIKE 'revenue:%'
+                      AND t.kind <> 'commit'
                 GROUP BY t.customer) r USING (customer)
 WHERE coalesce(u.amount, 0) <> coalesce(r.amount, 0)"""
+
+# Every period's meters come to what the period has settled. Meters of a ledger older than this figure have none.
+_METERS: Final = """
+SELECT customer, 'metered:' || period_start AS part, m.amount::bigint AS projected, p.settled AS entries
+FROM account_periods p JOIN (SELECT customer, period_start, sum(amount) AS amount FROM meters
+                             WHERE tenant = $1 AND ($2 = '' OR customer = $2) GROUP BY 1, 2) m
+     USING (customer, period_start)
+WHERE p.tenant = $1 AND ($2 = '' OR p.customer = $2) AND m.amount <> p.settled"""
 
 _UNBALANCED: Final = """
 SELECT count(*) FROM (
@@ -55,7 +79,8 @@ SELECT count(*) FROM (
 
 _TOTALS: Final = """
 SELECT (SELECT count(*) FROM usage_events WHERE tenant = $1 AND ($2 = '' OR customer = $2)) AS events,
-       (SELECT coalesce(sum(amount), 0)::text FROM usage_events
+       (SELECT (coalesce(sum(amount), 0) + (SELECT coalesce(sum(difference), 0) FROM corrections
+                                            WHERE tenant = $1 AND ($2 = '' OR customer = $2)))::text FROM usage_events
         WHERE tenant = $1 AND ($2 = '' OR customer = $2)) AS total,
        (SELECT count(*) FROM quarantine WHERE resolved_at IS NULL) AS quarantined,
        (SELECT count(*) FROM outbox) AS outbox_pending,
@@ -64,6 +89,7 @@ SELECT (SELECT count(*) FROM usage_events WHERE tenant = $1 AND ($2 = '' OR cust
 # By kind of part; $1 is what the projection should say. Revenue is none: it cannot be repaired, only explained.
 _REPAIRS: Final = {
     "grant": "UPDATE grant_balances SET remaining = $1 WHERE grant_no = $2",
+    "broken": "UPDATE grant_balances SET broken = $1 WHERE grant_no = $2",
     "overage": "UPDATE accounts SET overage = $1 WHERE tenant = $2 AND customer = $3",
     "settled": """INSERT INTO account_periods (settled, tenant, customer, period_start) VALUES ($1, $2, $3, $4)
                   ON CONFLICT (tenant, customer, period_start) DO UPDATE SET settled = $1""",
@@ -100,7 +126,7 @@ async def totals(connection: Connection, tenant: str, customer: str) -> Totals:
 async def mismatches(connection: Connection, tenant: str, customer: str) -> list[Mismatch]:
     """Of one customer, or of all ('')."""
     found = []
-    for query in (_GRANTS, _OVERAGE, _SETTLED, _REVENUE):
+    for query in (_GRANTS, _BROKEN, _METERS, _OVERAGE, _SETTLED, _REVENUE):
         for row in await connection.fetch(query, tenant, customer):
             found.append(Mismatch(row["customer"], row["part"], row["projected"], row["entries"]))
     return found
@@ -113,7 +139,7 @@ async def repair(connection: Connection, tenant: str, actor: str, customer: str)
     for mismatch in found:
         kind, _, name = mismatch.part.partition(":")
         if query := _REPAIRS.get(kind):
-            key = (int(name),) if kind == "grant" else (tenant, customer, *map(int, filter(None, [name])))
+            key = (int(name),) if kind in ("grant", "broken") else (tenant, customer, *map(int, filter(None, [name])))
             await connection.execute(query, mismatch.entries, *key)
     detail = "; ".join(f"{item.part} projected {item.projected} entries {item.entries}" for item in found)
     await changes.audit(connection, tenant, actor, "RepairProjection", customer, detail)

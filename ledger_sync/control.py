@@ -17,6 +17,7 @@ from ledger_sync.hot_store import HotStore
 from ledger_sync.install import Installer, Settled
 from ledger_sync.pusher import Pusher
 from ledger_sync.reconcile import Reconciler
+from ledger_sync.sweep import Chore, Sweeper
 from ledger_sync.transactions import TransactionStore
 from ledger_sync.usage import UsageRecorder
 
@@ -49,13 +50,18 @@ class ControlPlane:
         self.transactions = TransactionStore(ledger, tenant)
         self.usage = UsageRecorder(ledger, hot, self.catalogs, settled, tenant, limits)
         self.reconciler = Reconciler(ledger, hot, self.pusher, tenant)
+        self.sweeper = Sweeper(ledger, self._chores())
+
+    def _chores(self) -> dict[str, Chore]:
+        """What becomes due by the clock, in the order in which it is tended."""
+        return {}
 
     async def run(self) -> None:
         """Installs, pushes and publishes until it is cancelled: the one of a deployment that does, by lease. Raises
         when the ledger is away. Calls are answered without it, by whoever is asked.
         """
         async with self._ledger.lease(LEASE) as lease, asyncio.TaskGroup() as group:
-            for loop in (self.installer, self.pusher, self.publisher):
+            for loop in (self.installer, self.pusher, self.publisher, self.sweeper):
                 group.create_task(loop.run())
             group.create_task(_watch(lease))
 

@@ -144,7 +144,7 @@ def feature_of(meter: str) -> str:
 
 # The lock is a statement of its own: what is read after it sees all that was committed under the lock before.
 _LOCK = """
-SELECT config, epoch, version, (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS now_ms
+SELECT config, epoch, version, ledger_now_ms() AS now_ms
 FROM accounts WHERE tenant = $1 AND customer = $2 FOR UPDATE"""
 _CONTRACT = "SELECT body FROM contracts WHERE tenant = $1 AND customer = $2"
 

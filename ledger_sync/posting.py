@@ -18,6 +18,9 @@ from entitlement.v1.gateway_pb2 import CheckAndConsumeRequest, Usage
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
+BREAKAGE: Final = "breakage"  # paid units that expired unused
+EXPIRED: Final = "expired:"  # with a grant's id: against what of the grant is broken
+
 Entry = tuple[str, int | None, int]  # (ledger account, grant number, signed nanos)
 
 
@@ -46,6 +49,13 @@ class Rejected(msgspec.Struct, frozen=True):
     arrival: Arrival
     reason: Reason
     detail: str
+
+
+class Expired(msgspec.Struct):
+    """A grant that has expired: what is left of it, and how much of that is booked to breakage."""
+
+    remaining: int
+    broken: int
 
 
 class Usages(msgspec.Struct, frozen=True):
@@ -165,6 +175,21 @@ def consume_entries(posted: Posted, record: Consumed, grants: Mapping[int, str])
     return entries
 
 
+def restored(entries: list[Entry], expired: Mapping[int, Expired], grants: Mapping[int, str]) -> list[Entry]:
+    """`entries`, and what comes back from breakage by them: a grant never has more broken than it has left. Moves
+    `expired` along.
+    """
+    extra: list[Entry] = []
+    for _, no, amount in entries:
+        if no is None or (grant := expired.get(no)) is None:
+            continue
+        grant.remaining += amount
+        if (back := grant.broken - max(grant.remaining, 0)) > 0:
+            grant.broken -= back
+            extra += [(f"{EXPIRED}{grants[no]}", None, back), (BREAKAGE, None, -back)]
+    return [*entries, *extra] if extra else entries
+
+
 def close_key(record: Rolled) -> str:
     return f"roll:{record.customer}:{record.epoch}:{record.sequence}"
 
@@ -186,7 +211,7 @@ def changes(record: Rolled | Adjusted, grants: Mapping[int, str]) -> Iterator[Bo
         return
     overage = f"overage:{record.customer}"
     for kind, burns, sign, other in (
-        ("void", record.removed, -1, "breakage"),
+        ("void", record.removed, -1, BREAKAGE),
         ("reclass", record.reclassed, 1, overage),
         ("repay", record.repaid, -1, overage),
     ):

@@ -13,7 +13,17 @@ import msgspec
 from entitlement.journal import Adjusted, Consumed, Crossing, Record, Rolled
 from ledger_sync.books import Books, Position, Who
 from ledger_sync.hot_deltas import Change, compensation
-from ledger_sync.posting import Booking, Posted, Reason, Rejected, changes, consume_entries
+from ledger_sync.posting import (
+    Booking,
+    Entry,
+    Expired,
+    Posted,
+    Reason,
+    Rejected,
+    changes,
+    consume_entries,
+    restored,
+)
 from ledger_sync.rated import RATED, rated_event, threshold_events
 
 _by_place = attrgetter("record.epoch", "record.sequence")
@@ -38,6 +48,7 @@ class Known(msgspec.Struct):
     events: dict[tuple[str, str], Earlier]  # by tenant and idempotency key
     transactions: set[tuple[str, str, str]]  # tenant, key and kind, of those that rolls and changes would make
     grants: Mapping[int, tuple[Who, str]]  # number -> whose, id
+    expired: dict[int, Expired] = {}  # of the grants that have something broken
 
 
 class Gap(msgspec.Struct, frozen=True):
@@ -133,7 +144,7 @@ class Settlement:
         # After this point it must succeed.
         self.books.event(posted, record, number)
         if number is not None:
-            self.books.book(position, posted, Booking("consume", posted.key, entries), number)
+            self._write(position, posted, Booking("consume", posted.key, entries), number)
         self.books.publish(posted.key, record, RATED, body)
         for event_id, kind, event in crossed:
             self.books.publish(event_id, record, kind, event)
@@ -166,7 +177,7 @@ class Settlement:
             name = (record.tenant, booking.key, booking.kind)
             if name not in self._known.transactions:
                 version = record.version if isinstance(record, Adjusted) else 0
-                self.books.book(position, posted, booking, self.books.next_id(), version)
+                self._write(position, posted, booking, self.books.next_id(), version)
                 self._known.transactions.add(name)
         for event_id, kind, event in crossed:
             self.books.publish(event_id, record, kind, event)
@@ -174,11 +185,26 @@ class Settlement:
             self.outcome.repeated += 1
             self._late(position, record)
 
+    def _write(self, position: Position, posted: Posted, booking: Booking, number: int, version: int = 0) -> None:
+        if self._known.expired:
+            before = self._broken(booking.entries)
+            booking = Booking(booking.kind, booking.key, restored(booking.entries, self._known.expired, self._names))
+            for no, broken in before.items():
+                if back := broken - self._known.expired[no].broken:
+                    self.books.broken[no] = self.books.broken.get(no, 0) - back
+        self.books.book(position, posted, booking, number, version)
+
+    def _broken(self, entries: Sequence[Entry]) -> dict[int, int]:
+        return {
+            no: self._known.expired[no].broken for _, no, _ in entries if no is not None and no in self._known.expired
+        }
+
     def _late(self, position: Position, record: Rolled | Adjusted) -> None:
         """What later records have not overtaken."""
         if isinstance(record, Adjusted):
             self._confirm(position, record)
         elif record.period_start > position.period_start:
+            self.books.ended_period(position, record)
             position.period_start, position.period_end = record.period_start, record.period_end
 
     def _check_owner(self, position: Position, entries: Sequence[tuple[str, int | None, int]]) -> None:
@@ -192,6 +218,7 @@ class Settlement:
             self.outcome.gaps.append(Gap(*position.who, position.sequence, record.sequence))
         position.epoch, position.sequence, position.allowance = record.epoch, record.sequence, record.allowance
         if isinstance(record, Rolled):
+            self.books.ended_period(position, record)
             position.period_start, position.period_end = record.period_start, record.period_end
             position.crossed, position.crossings = "-", 0
             return

@@ -213,3 +213,122 @@ class ThresholdEvent(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ThresholdEvent: _TypeAlias = ThresholdEvent  # noqa: Y015
+
+@_typing.final
+class ContractEvent(_message.Message):
+    """type: entitlement.contract.changed.v1"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    CUSTOMER_FIELD_NUMBER: _builtins.int
+    CONTRACT_FIELD_NUMBER: _builtins.int
+    CHANGE_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    customer: _builtins.str
+    contract: _builtins.str
+    change: _builtins.str
+    """put, started, ended"""
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        customer: _builtins.str = ...,
+        contract: _builtins.str = ...,
+        change: _builtins.str = ...,
+        at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "change", b"change", "contract", b"contract", "customer", b"customer", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContractEvent: _TypeAlias = ContractEvent  # noqa: Y015
+
+@_typing.final
+class TopUpEvent(_message.Message):
+    """type: entitlement.topup.requested.v1 (answer it by CreateGrant with this grant id) and entitlement.topup.created.v1"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    CUSTOMER_FIELD_NUMBER: _builtins.int
+    GRANT_FIELD_NUMBER: _builtins.int
+    AMOUNT_NANOS_FIELD_NUMBER: _builtins.int
+    AVAILABLE_NANOS_FIELD_NUMBER: _builtins.int
+    CREDIT_TYPE_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    customer: _builtins.str
+    grant: _builtins.str
+    amount_nanos: _builtins.int
+    available_nanos: _builtins.int
+    """when it was decided"""
+    credit_type: _builtins.str
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        customer: _builtins.str = ...,
+        grant: _builtins.str = ...,
+        amount_nanos: _builtins.int = ...,
+        available_nanos: _builtins.int = ...,
+        credit_type: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nanos", b"amount_nanos", "available_nanos", b"available_nanos", "credit_type", b"credit_type", "customer", b"customer", "grant", b"grant", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TopUpEvent: _TypeAlias = TopUpEvent  # noqa: Y015
+
+@_typing.final
+class InvoiceEvent(_message.Message):
+    """type: entitlement.invoice.finalized.v1 and entitlement.invoice.voided.v1"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    CUSTOMER_FIELD_NUMBER: _builtins.int
+    INVOICE_FIELD_NUMBER: _builtins.int
+    PERIOD_START_FIELD_NUMBER: _builtins.int
+    PERIOD_END_FIELD_NUMBER: _builtins.int
+    TOTAL_NANOS_FIELD_NUMBER: _builtins.int
+    CREDITS_APPLIED_NANOS_FIELD_NUMBER: _builtins.int
+    DUE_NANOS_FIELD_NUMBER: _builtins.int
+    CREDIT_TYPE_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    customer: _builtins.str
+    invoice: _builtins.str
+    total_nanos: _builtins.int
+    credits_applied_nanos: _builtins.int
+    due_nanos: _builtins.int
+    credit_type: _builtins.str
+    @_builtins.property
+    def period_start(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def period_end(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        customer: _builtins.str = ...,
+        invoice: _builtins.str = ...,
+        period_start: _timestamp_pb2.Timestamp | None = ...,
+        period_end: _timestamp_pb2.Timestamp | None = ...,
+        total_nanos: _builtins.int = ...,
+        credits_applied_nanos: _builtins.int = ...,
+        due_nanos: _builtins.int = ...,
+        credit_type: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["period_end", b"period_end", "period_start", b"period_start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_type", b"credit_type", "credits_applied_nanos", b"credits_applied_nanos", "customer", b"customer", "due_nanos", b"due_nanos", "invoice", b"invoice", "period_end", b"period_end", "period_start", b"period_start", "tenant", b"tenant", "total_nanos", b"total_nanos"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InvoiceEvent: _TypeAlias = InvoiceEvent  # noqa: Y015

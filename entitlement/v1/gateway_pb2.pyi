@@ -318,11 +318,14 @@ class Consumed(_message.Message):
     QUANTITY_FIELD_NUMBER: _builtins.int
     AMOUNT_NANOS_FIELD_NUMBER: _builtins.int
     RATE_CARD_VERSION_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
     feature: _builtins.str
     quantity: _builtins.int
     amount_nanos: _builtins.int
     """1e-9 of the credit type"""
     rate_card_version: _builtins.str
+    value: _builtins.str
+    """of a STATIC feature: the configuration handed out"""
     def __init__(
         self,
         *,
@@ -330,10 +333,11 @@ class Consumed(_message.Message):
         quantity: _builtins.int = ...,
         amount_nanos: _builtins.int = ...,
         rate_card_version: _builtins.str = ...,
+        value: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nanos", b"amount_nanos", "feature", b"feature", "quantity", b"quantity", "rate_card_version", b"rate_card_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nanos", b"amount_nanos", "feature", b"feature", "quantity", b"quantity", "rate_card_version", b"rate_card_version", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -432,6 +432,7 @@ class Contract(_message.Message):
     FAILURE_POLICY_FIELD_NUMBER: _builtins.int
     MINIMUM_COMMIT_NANOS_FIELD_NUMBER: _builtins.int
     ALLOWANCE_NANOS_FIELD_NUMBER: _builtins.int
+    TOP_UP_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     customer: _builtins.str
     rate_card: _builtins.str
@@ -463,6 +464,10 @@ class Contract(_message.Message):
     def anchor(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def failure_policy(self) -> Global___FailurePolicy: ...
+    @_builtins.property
+    def top_up(self) -> Global___TopUp:
+        """credit that is bought when it runs low"""
+
     def __init__(
         self,
         *,
@@ -484,14 +489,62 @@ class Contract(_message.Message):
         failure_policy: Global___FailurePolicy | None = ...,
         minimum_commit_nanos: _builtins.int = ...,
         allowance_nanos: _builtins.int = ...,
+        top_up: Global___TopUp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["anchor", b"anchor", "effective_at", b"effective_at", "ends_at", b"ends_at", "failure_policy", b"failure_policy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["anchor", b"anchor", "effective_at", b"effective_at", "ends_at", b"ends_at", "failure_policy", b"failure_policy", "top_up", b"top_up"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowance_nanos", b"allowance_nanos", "allowance_per_seat_nanos", b"allowance_per_seat_nanos", "anchor", b"anchor", "billing", b"billing", "customer", b"customer", "effective_at", b"effective_at", "ends_at", b"ends_at", "entitled_features", b"entitled_features", "failure_policy", b"failure_policy", "gate_percent", b"gate_percent", "id", b"id", "minimum_commit_nanos", b"minimum_commit_nanos", "overrides", b"overrides", "period", b"period", "quotas", b"quotas", "rate_card", b"rate_card", "seats", b"seats", "thresholds", b"thresholds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowance_nanos", b"allowance_nanos", "allowance_per_seat_nanos", b"allowance_per_seat_nanos", "anchor", b"anchor", "billing", b"billing", "customer", b"customer", "effective_at", b"effective_at", "ends_at", b"ends_at", "entitled_features", b"entitled_features", "failure_policy", b"failure_policy", "gate_percent", b"gate_percent", "id", b"id", "minimum_commit_nanos", b"minimum_commit_nanos", "overrides", b"overrides", "period", b"period", "quotas", b"quotas", "rate_card", b"rate_card", "seats", b"seats", "thresholds", b"thresholds", "top_up", b"top_up"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Contract: _TypeAlias = Contract  # noqa: Y015
+
+@_typing.final
+class TopUp(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Via:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ViaEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[TopUp._Via.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        VIA_UNSPECIFIED: TopUp._Via.ValueType  # 0
+        DIRECT: TopUp._Via.ValueType  # 1
+        WEBHOOK: TopUp._Via.ValueType  # 2
+
+    class Via(_Via, metaclass=_ViaEnumTypeWrapper): ...
+    VIA_UNSPECIFIED: TopUp.Via.ValueType  # 0
+    DIRECT: TopUp.Via.ValueType  # 1
+    WEBHOOK: TopUp.Via.ValueType  # 2
+
+    BELOW_NANOS_FIELD_NUMBER: _builtins.int
+    AMOUNT_NANOS_FIELD_NUMBER: _builtins.int
+    MONTHLY_CAP_NANOS_FIELD_NUMBER: _builtins.int
+    VIA_FIELD_NUMBER: _builtins.int
+    below_nanos: _builtins.int
+    """bought when what is available falls below this"""
+    amount_nanos: _builtins.int
+    """of each top-up"""
+    monthly_cap_nanos: _builtins.int
+    """of all in a calendar month (UTC); 0: none"""
+    via: Global___TopUp.Via.ValueType
+    """DIRECT creates the grant; WEBHOOK asks for it, and the answer creates it"""
+    def __init__(
+        self,
+        *,
+        below_nanos: _builtins.int = ...,
+        amount_nanos: _builtins.int = ...,
+        monthly_cap_nanos: _builtins.int = ...,
+        via: Global___TopUp.Via.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nanos", b"amount_nanos", "below_nanos", b"below_nanos", "monthly_cap_nanos", b"monthly_cap_nanos", "via", b"via"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TopUp: _TypeAlias = TopUp  # noqa: Y015
 
 @_typing.final
 class Grant(_message.Message):
@@ -528,6 +581,8 @@ class Grant(_message.Message):
     ROLLOVER_MAX_NANOS_FIELD_NUMBER: _builtins.int
     REMAINING_NANOS_FIELD_NUMBER: _builtins.int
     NOTE_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    VOIDED_AT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     customer: _builtins.str
     amount_nanos: _builtins.int
@@ -539,6 +594,8 @@ class Grant(_message.Message):
     remaining_nanos: _builtins.int
     """set by the server"""
     note: _builtins.str
+    source: _builtins.str
+    """set by the server: the recurring grant (or contract) that issued it"""
     @_builtins.property
     def effective_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -546,6 +603,10 @@ class Grant(_message.Message):
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """empty: all"""
+
+    @_builtins.property
+    def voided_at(self) -> _timestamp_pb2.Timestamp:
+        """set by the server"""
 
     def __init__(
         self,
@@ -562,10 +623,12 @@ class Grant(_message.Message):
         rollover_max_nanos: _builtins.int = ...,
         remaining_nanos: _builtins.int = ...,
         note: _builtins.str = ...,
+        source: _builtins.str = ...,
+        voided_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["effective_at", b"effective_at", "expires_at", b"expires_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["effective_at", b"effective_at", "expires_at", b"expires_at", "voided_at", b"voided_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nanos", b"amount_nanos", "category", b"category", "customer", b"customer", "effective_at", b"effective_at", "expires_at", b"expires_at", "features", b"features", "id", b"id", "note", b"note", "priority", b"priority", "recurrence", b"recurrence", "remaining_nanos", b"remaining_nanos", "rollover_max_nanos", b"rollover_max_nanos"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nanos", b"amount_nanos", "category", b"category", "customer", b"customer", "effective_at", b"effective_at", "expires_at", b"expires_at", "features", b"features", "id", b"id", "note", b"note", "priority", b"priority", "recurrence", b"recurrence", "remaining_nanos", b"remaining_nanos", "rollover_max_nanos", b"rollover_max_nanos", "source", b"source", "voided_at", b"voided_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -641,6 +704,86 @@ class RecordUsageResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RecordUsageResponse: _TypeAlias = RecordUsageResponse  # noqa: Y015
+
+@_typing.final
+class BackfillRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BackfillRequest: _TypeAlias = BackfillRequest  # noqa: Y015
+
+@_typing.final
+class Backfill(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Status:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Backfill._Status.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        STATUS_UNSPECIFIED: Backfill._Status.ValueType  # 0
+        OPEN: Backfill._Status.ValueType  # 1
+        CLOSED: Backfill._Status.ValueType  # 2
+        REVERTED: Backfill._Status.ValueType  # 3
+
+    class Status(_Status, metaclass=_StatusEnumTypeWrapper): ...
+    STATUS_UNSPECIFIED: Backfill.Status.ValueType  # 0
+    OPEN: Backfill.Status.ValueType  # 1
+    CLOSED: Backfill.Status.ValueType  # 2
+    REVERTED: Backfill.Status.ValueType  # 3
+
+    ID_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    RECORDED_FIELD_NUMBER: _builtins.int
+    DUPLICATES_FIELD_NUMBER: _builtins.int
+    REJECTED_FIELD_NUMBER: _builtins.int
+    AMOUNT_NANOS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    status: Global___Backfill.Status.ValueType
+    events: _builtins.int
+    """gathered"""
+    recorded: _builtins.int
+    """in the ledger"""
+    duplicates: _builtins.int
+    amount_nanos: _builtins.int
+    """booked, after a revert 0"""
+    @_builtins.property
+    def rejected(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rejected]: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        status: Global___Backfill.Status.ValueType = ...,
+        events: _builtins.int = ...,
+        recorded: _builtins.int = ...,
+        duplicates: _builtins.int = ...,
+        rejected: _abc.Iterable[Global___Rejected] | None = ...,
+        amount_nanos: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nanos", b"amount_nanos", "duplicates", b"duplicates", "events", b"events", "id", b"id", "recorded", b"recorded", "rejected", b"rejected", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Backfill: _TypeAlias = Backfill  # noqa: Y015
 
 @_typing.final
 class Rejected(_message.Message):
@@ -757,7 +900,9 @@ class GetInvoiceRequest(_message.Message):
 
     CUSTOMER_FIELD_NUMBER: _builtins.int
     AT_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
     customer: _builtins.str
+    id: _builtins.str
     @_builtins.property
     def at(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -765,14 +910,60 @@ class GetInvoiceRequest(_message.Message):
         *,
         customer: _builtins.str = ...,
         at: _timestamp_pb2.Timestamp | None = ...,
+        id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "customer", b"customer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "customer", b"customer", "id", b"id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetInvoiceRequest: _TypeAlias = GetInvoiceRequest  # noqa: Y015
+
+@_typing.final
+class VoidInvoiceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VoidInvoiceRequest: _TypeAlias = VoidInvoiceRequest  # noqa: Y015
+
+@_typing.final
+class ListInvoicesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INVOICES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    @_builtins.property
+    def invoices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Invoice]: ...
+    def __init__(
+        self,
+        *,
+        invoices: _abc.Iterable[Global___Invoice] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["invoices", b"invoices", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListInvoicesResponse: _TypeAlias = ListInvoicesResponse  # noqa: Y015
 
 @_typing.final
 class Invoice(_message.Message):
@@ -805,6 +996,11 @@ class Invoice(_message.Message):
     CREDITS_APPLIED_NANOS_FIELD_NUMBER: _builtins.int
     DUE_NANOS_FIELD_NUMBER: _builtins.int
     CREDIT_TYPE_FIELD_NUMBER: _builtins.int
+    MINIMUM_COMMIT_NANOS_FIELD_NUMBER: _builtins.int
+    REPLACES_FIELD_NUMBER: _builtins.int
+    FINALIZED_AT_FIELD_NUMBER: _builtins.int
+    VOIDED_AT_FIELD_NUMBER: _builtins.int
+    VOID_REASON_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     customer: _builtins.str
     status: Global___Invoice.Status.ValueType
@@ -812,12 +1008,21 @@ class Invoice(_message.Message):
     credits_applied_nanos: _builtins.int
     due_nanos: _builtins.int
     credit_type: _builtins.str
+    minimum_commit_nanos: _builtins.int
+    """the true-up: what usage lacked of the minimum commit; a part of due"""
+    replaces: _builtins.str
+    """the void invoice in whose place it stands"""
+    void_reason: _builtins.str
     @_builtins.property
     def period_start(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def period_end(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___InvoiceLine]: ...
+    @_builtins.property
+    def finalized_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def voided_at(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
         self,
         *,
@@ -831,10 +1036,15 @@ class Invoice(_message.Message):
         credits_applied_nanos: _builtins.int = ...,
         due_nanos: _builtins.int = ...,
         credit_type: _builtins.str = ...,
+        minimum_commit_nanos: _builtins.int = ...,
+        replaces: _builtins.str = ...,
+        finalized_at: _timestamp_pb2.Timestamp | None = ...,
+        voided_at: _timestamp_pb2.Timestamp | None = ...,
+        void_reason: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["period_end", b"period_end", "period_start", b"period_start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finalized_at", b"finalized_at", "period_end", b"period_end", "period_start", b"period_start", "voided_at", b"voided_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_type", b"credit_type", "credits_applied_nanos", b"credits_applied_nanos", "customer", b"customer", "due_nanos", b"due_nanos", "id", b"id", "lines", b"lines", "period_end", b"period_end", "period_start", b"period_start", "status", b"status", "total_nanos", b"total_nanos"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_type", b"credit_type", "credits_applied_nanos", b"credits_applied_nanos", "customer", b"customer", "due_nanos", b"due_nanos", "finalized_at", b"finalized_at", "id", b"id", "lines", b"lines", "minimum_commit_nanos", b"minimum_commit_nanos", "period_end", b"period_end", "period_start", b"period_start", "replaces", b"replaces", "status", b"status", "total_nanos", b"total_nanos", "void_reason", b"void_reason", "voided_at", b"voided_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -870,13 +1080,26 @@ class InvoiceLine(_message.Message):
     AMOUNT_NANOS_FIELD_NUMBER: _builtins.int
     RATE_CARD_VERSION_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    PERIOD_START_FIELD_NUMBER: _builtins.int
+    ADJUSTS_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
     feature: _builtins.str
     quantity: _builtins.int
     amount_nanos: _builtins.int
     rate_card_version: _builtins.str
     text: _builtins.str
+    adjusts: _builtins.str
+    """the final invoice of that period"""
     @_builtins.property
     def dimensions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def period_start(self) -> _timestamp_pb2.Timestamp:
+        """of the usage, when it is not the invoice's own"""
+
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___InvoiceTier]:
+        """of a tiered price, when the line is its whole period"""
+
     def __init__(
         self,
         *,
@@ -886,14 +1109,148 @@ class InvoiceLine(_message.Message):
         amount_nanos: _builtins.int = ...,
         rate_card_version: _builtins.str = ...,
         text: _builtins.str = ...,
+        period_start: _timestamp_pb2.Timestamp | None = ...,
+        adjusts: _builtins.str = ...,
+        tiers: _abc.Iterable[Global___InvoiceTier] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["period_start", b"period_start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nanos", b"amount_nanos", "dimensions", b"dimensions", "feature", b"feature", "quantity", b"quantity", "rate_card_version", b"rate_card_version", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adjusts", b"adjusts", "amount_nanos", b"amount_nanos", "dimensions", b"dimensions", "feature", b"feature", "period_start", b"period_start", "quantity", b"quantity", "rate_card_version", b"rate_card_version", "text", b"text", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InvoiceLine: _TypeAlias = InvoiceLine  # noqa: Y015
+
+@_typing.final
+class InvoiceTier(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUANTITY_FIELD_NUMBER: _builtins.int
+    PRICE_NANOS_FIELD_NUMBER: _builtins.int
+    PER_FIELD_NUMBER: _builtins.int
+    FLAT_NANOS_FIELD_NUMBER: _builtins.int
+    AMOUNT_NANOS_FIELD_NUMBER: _builtins.int
+    quantity: _builtins.int
+    price_nanos: _builtins.int
+    per: _builtins.int
+    flat_nanos: _builtins.int
+    amount_nanos: _builtins.int
+    def __init__(
+        self,
+        *,
+        quantity: _builtins.int = ...,
+        price_nanos: _builtins.int = ...,
+        per: _builtins.int = ...,
+        flat_nanos: _builtins.int = ...,
+        amount_nanos: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nanos", b"amount_nanos", "flat_nanos", b"flat_nanos", "per", b"per", "price_nanos", b"price_nanos", "quantity", b"quantity"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InvoiceTier: _TypeAlias = InvoiceTier  # noqa: Y015
+
+@_typing.final
+class DeadLetter(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    EVENT_ID_FIELD_NUMBER: _builtins.int
+    TYPE_FIELD_NUMBER: _builtins.int
+    CUSTOMER_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    FAILED_AT_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    event_id: _builtins.str
+    type: _builtins.str
+    customer: _builtins.str
+    attempts: _builtins.int
+    error: _builtins.str
+    @_builtins.property
+    def failed_at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        event_id: _builtins.str = ...,
+        type: _builtins.str = ...,
+        customer: _builtins.str = ...,
+        attempts: _builtins.int = ...,
+        error: _builtins.str = ...,
+        failed_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failed_at", b"failed_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "customer", b"customer", "error", b"error", "event_id", b"event_id", "failed_at", b"failed_at", "id", b"id", "type", b"type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeadLetter: _TypeAlias = DeadLetter  # noqa: Y015
+
+@_typing.final
+class ListDeadLettersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEAD_LETTERS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    @_builtins.property
+    def dead_letters(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeadLetter]: ...
+    def __init__(
+        self,
+        *,
+        dead_letters: _abc.Iterable[Global___DeadLetter] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dead_letters", b"dead_letters", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDeadLettersResponse: _TypeAlias = ListDeadLettersResponse  # noqa: Y015
+
+@_typing.final
+class RetryDeadLettersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryDeadLettersRequest: _TypeAlias = RetryDeadLettersRequest  # noqa: Y015
+
+@_typing.final
+class RetryDeadLettersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RETRIED_FIELD_NUMBER: _builtins.int
+    retried: _builtins.int
+    def __init__(
+        self,
+        *,
+        retried: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["retried", b"retried"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryDeadLettersResponse: _TypeAlias = RetryDeadLettersResponse  # noqa: Y015
 
 @_typing.final
 class ListRequest(_message.Message):

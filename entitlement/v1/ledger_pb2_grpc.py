@@ -89,10 +89,25 @@ class LedgerAdminStub(object):
                 request_serializer=entitlement_dot_v1_dot_ledger__pb2.ListRequest.SerializeToString,
                 response_deserializer=entitlement_dot_v1_dot_ledger__pb2.ListGrantsResponse.FromString,
                 _registered_method=True)
+        self.ListRecurringGrants = channel.unary_unary(
+                '/entitlement.v1.LedgerAdmin/ListRecurringGrants',
+                request_serializer=entitlement_dot_v1_dot_ledger__pb2.ListRequest.SerializeToString,
+                response_deserializer=entitlement_dot_v1_dot_ledger__pb2.ListGrantsResponse.FromString,
+                _registered_method=True)
         self.RecordUsage = channel.unary_unary(
                 '/entitlement.v1.LedgerAdmin/RecordUsage',
                 request_serializer=entitlement_dot_v1_dot_ledger__pb2.RecordUsageRequest.SerializeToString,
                 response_deserializer=entitlement_dot_v1_dot_ledger__pb2.RecordUsageResponse.FromString,
+                _registered_method=True)
+        self.CloseBackfill = channel.unary_unary(
+                '/entitlement.v1.LedgerAdmin/CloseBackfill',
+                request_serializer=entitlement_dot_v1_dot_ledger__pb2.BackfillRequest.SerializeToString,
+                response_deserializer=entitlement_dot_v1_dot_ledger__pb2.Backfill.FromString,
+                _registered_method=True)
+        self.RevertBackfill = channel.unary_unary(
+                '/entitlement.v1.LedgerAdmin/RevertBackfill',
+                request_serializer=entitlement_dot_v1_dot_ledger__pb2.BackfillRequest.SerializeToString,
+                response_deserializer=entitlement_dot_v1_dot_ledger__pb2.Backfill.FromString,
                 _registered_method=True)
         self.PreviewRerate = channel.unary_unary(
                 '/entitlement.v1.LedgerAdmin/PreviewRerate',
@@ -108,6 +123,26 @@ class LedgerAdminStub(object):
                 '/entitlement.v1.LedgerAdmin/GetInvoice',
                 request_serializer=entitlement_dot_v1_dot_ledger__pb2.GetInvoiceRequest.SerializeToString,
                 response_deserializer=entitlement_dot_v1_dot_ledger__pb2.Invoice.FromString,
+                _registered_method=True)
+        self.ListInvoices = channel.unary_unary(
+                '/entitlement.v1.LedgerAdmin/ListInvoices',
+                request_serializer=entitlement_dot_v1_dot_ledger__pb2.ListRequest.SerializeToString,
+                response_deserializer=entitlement_dot_v1_dot_ledger__pb2.ListInvoicesResponse.FromString,
+                _registered_method=True)
+        self.VoidInvoice = channel.unary_unary(
+                '/entitlement.v1.LedgerAdmin/VoidInvoice',
+                request_serializer=entitlement_dot_v1_dot_ledger__pb2.VoidInvoiceRequest.SerializeToString,
+                response_deserializer=entitlement_dot_v1_dot_ledger__pb2.Invoice.FromString,
+                _registered_method=True)
+        self.ListDeadLetters = channel.unary_unary(
+                '/entitlement.v1.LedgerAdmin/ListDeadLetters',
+                request_serializer=entitlement_dot_v1_dot_ledger__pb2.ListRequest.SerializeToString,
+                response_deserializer=entitlement_dot_v1_dot_ledger__pb2.ListDeadLettersResponse.FromString,
+                _registered_method=True)
+        self.RetryDeadLetters = channel.unary_unary(
+                '/entitlement.v1.LedgerAdmin/RetryDeadLetters',
+                request_serializer=entitlement_dot_v1_dot_ledger__pb2.RetryDeadLettersRequest.SerializeToString,
+                response_deserializer=entitlement_dot_v1_dot_ledger__pb2.RetryDeadLettersResponse.FromString,
                 _registered_method=True)
         self.ListTransactions = channel.unary_unary(
                 '/entitlement.v1.LedgerAdmin/ListTransactions',
@@ -197,8 +232,29 @@ class LedgerAdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListRecurringGrants(self, request, context):
+        """what issues allotments
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RecordUsage(self, request, context):
         """late, offline and backfilled events
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CloseBackfill(self, request, context):
+        """makes a backfill's events visible
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevertBackfill(self, request, context):
+        """takes them back, history kept
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -220,6 +276,32 @@ class LedgerAdminServicer(object):
     def GetInvoice(self, request, context):
         """the draft follows every event
         """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListInvoices(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VoidInvoice(self, request, context):
+        """voids a final one and answers the one made in its place
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDeadLetters(self, request, context):
+        """webhooks that were not taken
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryDeadLetters(self, request, context):
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -302,10 +384,25 @@ def add_LedgerAdminServicer_to_server(servicer, server):
                     request_deserializer=entitlement_dot_v1_dot_ledger__pb2.ListRequest.FromString,
                     response_serializer=entitlement_dot_v1_dot_ledger__pb2.ListGrantsResponse.SerializeToString,
             ),
+            'ListRecurringGrants': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRecurringGrants,
+                    request_deserializer=entitlement_dot_v1_dot_ledger__pb2.ListRequest.FromString,
+                    response_serializer=entitlement_dot_v1_dot_ledger__pb2.ListGrantsResponse.SerializeToString,
+            ),
             'RecordUsage': grpc.unary_unary_rpc_method_handler(
                     servicer.RecordUsage,
                     request_deserializer=entitlement_dot_v1_dot_ledger__pb2.RecordUsageRequest.FromString,
                     response_serializer=entitlement_dot_v1_dot_ledger__pb2.RecordUsageResponse.SerializeToString,
+            ),
+            'CloseBackfill': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloseBackfill,
+                    request_deserializer=entitlement_dot_v1_dot_ledger__pb2.BackfillRequest.FromString,
+                    response_serializer=entitlement_dot_v1_dot_ledger__pb2.Backfill.SerializeToString,
+            ),
+            'RevertBackfill': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevertBackfill,
+                    request_deserializer=entitlement_dot_v1_dot_ledger__pb2.BackfillRequest.FromString,
+                    response_serializer=entitlement_dot_v1_dot_ledger__pb2.Backfill.SerializeToString,
             ),
             'PreviewRerate': grpc.unary_unary_rpc_method_handler(
                     servicer.PreviewRerate,
@@ -321,6 +418,26 @@ def add_LedgerAdminServicer_to_server(servicer, server):
                     servicer.GetInvoice,
                     request_deserializer=entitlement_dot_v1_dot_ledger__pb2.GetInvoiceRequest.FromString,
                     response_serializer=entitlement_dot_v1_dot_ledger__pb2.Invoice.SerializeToString,
+            ),
+            'ListInvoices': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListInvoices,
+                    request_deserializer=entitlement_dot_v1_dot_ledger__pb2.ListRequest.FromString,
+                    response_serializer=entitlement_dot_v1_dot_ledger__pb2.ListInvoicesResponse.SerializeToString,
+            ),
+            'VoidInvoice': grpc.unary_unary_rpc_method_handler(
+                    servicer.VoidInvoice,
+                    request_deserializer=entitlement_dot_v1_dot_ledger__pb2.VoidInvoiceRequest.FromString,
+                    response_serializer=entitlement_dot_v1_dot_ledger__pb2.Invoice.SerializeToString,
+            ),
+            'ListDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDeadLetters,
+                    request_deserializer=entitlement_dot_v1_dot_ledger__pb2.ListRequest.FromString,
+                    response_serializer=entitlement_dot_v1_dot_ledger__pb2.ListDeadLettersResponse.SerializeToString,
+            ),
+            'RetryDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryDeadLetters,
+                    request_deserializer=entitlement_dot_v1_dot_ledger__pb2.RetryDeadLettersRequest.FromString,
+                    response_serializer=entitlement_dot_v1_dot_ledger__pb2.RetryDeadLettersResponse.SerializeToString,
             ),
             'ListTransactions': grpc.unary_unary_rpc_method_handler(
                     servicer.ListTransactions,
@@ -646,6 +763,33 @@ class LedgerAdmin(object):
             _registered_method=True)
 
     @staticmethod
+    def ListRecurringGrants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/entitlement.v1.LedgerAdmin/ListRecurringGrants',
+            entitlement_dot_v1_dot_ledger__pb2.ListRequest.SerializeToString,
+            entitlement_dot_v1_dot_ledger__pb2.ListGrantsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def RecordUsage(request,
             target,
             options=(),
@@ -662,6 +806,60 @@ class LedgerAdmin(object):
             '/entitlement.v1.LedgerAdmin/RecordUsage',
             entitlement_dot_v1_dot_ledger__pb2.RecordUsageRequest.SerializeToString,
             entitlement_dot_v1_dot_ledger__pb2.RecordUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CloseBackfill(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/entitlement.v1.LedgerAdmin/CloseBackfill',
+            entitlement_dot_v1_dot_ledger__pb2.BackfillRequest.SerializeToString,
+            entitlement_dot_v1_dot_ledger__pb2.Backfill.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevertBackfill(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/entitlement.v1.LedgerAdmin/RevertBackfill',
+            entitlement_dot_v1_dot_ledger__pb2.BackfillRequest.SerializeToString,
+            entitlement_dot_v1_dot_ledger__pb2.Backfill.FromString,
             options,
             channel_credentials,
             insecure,
@@ -743,6 +941,114 @@ class LedgerAdmin(object):
             '/entitlement.v1.LedgerAdmin/GetInvoice',
             entitlement_dot_v1_dot_ledger__pb2.GetInvoiceRequest.SerializeToString,
             entitlement_dot_v1_dot_ledger__pb2.Invoice.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListInvoices(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/entitlement.v1.LedgerAdmin/ListInvoices',
+            entitlement_dot_v1_dot_ledger__pb2.ListRequest.SerializeToString,
+            entitlement_dot_v1_dot_ledger__pb2.ListInvoicesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VoidInvoice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/entitlement.v1.LedgerAdmin/VoidInvoice',
+            entitlement_dot_v1_dot_ledger__pb2.VoidInvoiceRequest.SerializeToString,
+            entitlement_dot_v1_dot_ledger__pb2.Invoice.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/entitlement.v1.LedgerAdmin/ListDeadLetters',
+            entitlement_dot_v1_dot_ledger__pb2.ListRequest.SerializeToString,
+            entitlement_dot_v1_dot_ledger__pb2.ListDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/entitlement.v1.LedgerAdmin/RetryDeadLetters',
+            entitlement_dot_v1_dot_ledger__pb2.RetryDeadLettersRequest.SerializeToString,
+            entitlement_dot_v1_dot_ledger__pb2.RetryDeadLettersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,13 +46,25 @@ class LedgerAdminStub:
     """idempotent by grant id"""
     VoidGrant: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.VoidGrantRequest, _ledger_pb2.Grant]
     ListGrants: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListGrantsResponse]
+    ListRecurringGrants: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListGrantsResponse]
+    """what issues allotments"""
     RecordUsage: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.RecordUsageRequest, _ledger_pb2.RecordUsageResponse]
     """late, offline and backfilled events"""
+    CloseBackfill: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.BackfillRequest, _ledger_pb2.Backfill]
+    """makes a backfill's events visible"""
+    RevertBackfill: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.BackfillRequest, _ledger_pb2.Backfill]
+    """takes them back, history kept"""
     PreviewRerate: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.RerateRequest, _ledger_pb2.RerateReport]
     Rerate: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.RerateRequest, _ledger_pb2.RerateReport]
     """reversal + rebooking, history kept"""
     GetInvoice: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.GetInvoiceRequest, _ledger_pb2.Invoice]
     """the draft follows every event"""
+    ListInvoices: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListInvoicesResponse]
+    VoidInvoice: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.VoidInvoiceRequest, _ledger_pb2.Invoice]
+    """voids a final one and answers the one made in its place"""
+    ListDeadLetters: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListDeadLettersResponse]
+    """webhooks that were not taken"""
+    RetryDeadLetters: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.RetryDeadLettersRequest, _ledger_pb2.RetryDeadLettersResponse]
     ListTransactions: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListTransactionsResponse]
     Explain: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ExplainRequest, _ledger_pb2.Explanation]
     """one charge, down to the event"""
@@ -75,13 +87,25 @@ class LedgerAdminAsyncStub(LedgerAdminStub):
     """idempotent by grant id"""
     VoidGrant: _aio.UnaryUnaryMultiCallable[_ledger_pb2.VoidGrantRequest, _ledger_pb2.Grant]  # type: ignore[assignment]
     ListGrants: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListGrantsResponse]  # type: ignore[assignment]
+    ListRecurringGrants: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListGrantsResponse]  # type: ignore[assignment]
+    """what issues allotments"""
     RecordUsage: _aio.UnaryUnaryMultiCallable[_ledger_pb2.RecordUsageRequest, _ledger_pb2.RecordUsageResponse]  # type: ignore[assignment]
     """late, offline and backfilled events"""
+    CloseBackfill: _aio.UnaryUnaryMultiCallable[_ledger_pb2.BackfillRequest, _ledger_pb2.Backfill]  # type: ignore[assignment]
+    """makes a backfill's events visible"""
+    RevertBackfill: _aio.UnaryUnaryMultiCallable[_ledger_pb2.BackfillRequest, _ledger_pb2.Backfill]  # type: ignore[assignment]
+    """takes them back, history kept"""
     PreviewRerate: _aio.UnaryUnaryMultiCallable[_ledger_pb2.RerateRequest, _ledger_pb2.RerateReport]  # type: ignore[assignment]
     Rerate: _aio.UnaryUnaryMultiCallable[_ledger_pb2.RerateRequest, _ledger_pb2.RerateReport]  # type: ignore[assignment]
     """reversal + rebooking, history kept"""
     GetInvoice: _aio.UnaryUnaryMultiCallable[_ledger_pb2.GetInvoiceRequest, _ledger_pb2.Invoice]  # type: ignore[assignment]
     """the draft follows every event"""
+    ListInvoices: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListInvoicesResponse]  # type: ignore[assignment]
+    VoidInvoice: _aio.UnaryUnaryMultiCallable[_ledger_pb2.VoidInvoiceRequest, _ledger_pb2.Invoice]  # type: ignore[assignment]
+    """voids a final one and answers the one made in its place"""
+    ListDeadLetters: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListDeadLettersResponse]  # type: ignore[assignment]
+    """webhooks that were not taken"""
+    RetryDeadLetters: _aio.UnaryUnaryMultiCallable[_ledger_pb2.RetryDeadLettersRequest, _ledger_pb2.RetryDeadLettersResponse]  # type: ignore[assignment]
     ListTransactions: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListTransactionsResponse]  # type: ignore[assignment]
     Explain: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ExplainRequest, _ledger_pb2.Explanation]  # type: ignore[assignment]
     """one charge, down to the event"""
@@ -157,12 +181,33 @@ class LedgerAdminServicer:
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_pb2.ListGrantsResponse, _abc.Awaitable[_ledger_pb2.ListGrantsResponse]]: ...
 
+    def ListRecurringGrants(
+        self,
+        request: _ledger_pb2.ListRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.ListGrantsResponse, _abc.Awaitable[_ledger_pb2.ListGrantsResponse]]:
+        """what issues allotments"""
+
     def RecordUsage(
         self,
         request: _ledger_pb2.RecordUsageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_pb2.RecordUsageResponse, _abc.Awaitable[_ledger_pb2.RecordUsageResponse]]:
         """late, offline and backfilled events"""
+
+    def CloseBackfill(
+        self,
+        request: _ledger_pb2.BackfillRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.Backfill, _abc.Awaitable[_ledger_pb2.Backfill]]:
+        """makes a backfill's events visible"""
+
+    def RevertBackfill(
+        self,
+        request: _ledger_pb2.BackfillRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.Backfill, _abc.Awaitable[_ledger_pb2.Backfill]]:
+        """takes them back, history kept"""
 
     def PreviewRerate(
         self,
@@ -183,6 +228,32 @@ class LedgerAdminServicer:
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_pb2.Invoice, _abc.Awaitable[_ledger_pb2.Invoice]]:
         """the draft follows every event"""
+
+    def ListInvoices(
+        self,
+        request: _ledger_pb2.ListRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.ListInvoicesResponse, _abc.Awaitable[_ledger_pb2.ListInvoicesResponse]]: ...
+
+    def VoidInvoice(
+        self,
+        request: _ledger_pb2.VoidInvoiceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.Invoice, _abc.Awaitable[_ledger_pb2.Invoice]]:
+        """voids a final one and answers the one made in its place"""
+
+    def ListDeadLetters(
+        self,
+        request: _ledger_pb2.ListRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.ListDeadLettersResponse, _abc.Awaitable[_ledger_pb2.ListDeadLettersResponse]]:
+        """webhooks that were not taken"""
+
+    def RetryDeadLetters(
+        self,
+        request: _ledger_pb2.RetryDeadLettersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.RetryDeadLettersResponse, _abc.Awaitable[_ledger_pb2.RetryDeadLettersResponse]]: ...
 
     def ListTransactions(
         self,

@@ -43,7 +43,7 @@ class Books:
         for (_, _, period), nanos in settlement.books.settled.items():
             self.settled[period] = self.settled.get(period, 0) + nanos
         for (_, _, period, meter), units in settlement.books.units.items():
-            self.units[period, meter] = self.units.get((period, meter), 0) + units
+            self.units[period, meter] = self.units.get((period, meter), 0) + units[0]
         return settlement
 
     def state(self) -> tuple[object, ...]:
