@@ -7,6 +7,10 @@ from enum import IntEnum
 
 import msgspec
 
+from entitlement.periods import DAY
+
+LATE_MS = 36 * DAY  # events may be 35 days late: so long an expired grant may still be burned by those of its own time
+
 
 class Category(IntEnum):
     """Where a grant comes from. Numbers as in ledger.proto."""
@@ -32,6 +36,10 @@ class Grant(msgspec.Struct, frozen=True):
     features: tuple[str, ...] = ()  # empty: all
     voided_ms: int = 0
     note: str = ""
+
+    def ended(self, now_ms: int) -> bool:
+        """Whether no event can burn it any more: it is void, or expired longer ago than an event may be late."""
+        return bool(self.voided_ms) or 0 < self.expires_ms <= now_ms - LATE_MS
 
 
 def burn_key(grant: Grant) -> tuple[int, int, bool, int, int, int]:

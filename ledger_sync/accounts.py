@@ -31,6 +31,7 @@ class Credit(msgspec.Struct):
 
     grant: Grant
     remaining: int
+    broken: int = 0  # of it: booked to breakage
 
 
 class Corrections(msgspec.Struct):
@@ -73,7 +74,7 @@ def assemble(ledger: Ledgered, now_ms: int) -> tuple[Account, Corrections]:
             corrections.reclassed.append((credit.grant, -credit.remaining))
             overage -= credit.remaining
             credit.remaining = 0
-        elif credit.grant.voided_ms and credit.remaining:
+        elif credit.grant.ended(now_ms) and credit.remaining:
             corrections.removed.append((credit.grant, credit.remaining))
             credit.remaining = 0
     if ledger.was_hot:

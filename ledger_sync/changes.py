@@ -76,6 +76,13 @@ async def now_ms(connection: Connection) -> int:
     return now
 
 
+def stamp(ms: int) -> str:
+    """A moment as a part of an id: '20261101T000000Z', with milliseconds when it has any."""
+    second, millis = divmod(ms, 1000)
+    text = timestamp(second * 1000).strftime("%Y%m%dT%H%M%S")
+    return f"{text}.{millis:03d}Z" if millis else f"{text}Z"
+
+
 async def book(connection: Connection, transaction: Transaction) -> int:
     """Writes a transaction and returns its id. Its key and kind must be new; entries of 0 are left out."""
     assert sum(entry.amount for entry in transaction.entries) == 0, "a transaction sums to zero"

@@ -1,36 +1,41 @@
-"""Grants in the ledger: creating one books it, voiding one takes what is left of it to breakage."""
+"""Grants in the ledger: creating one books it, voiding one takes what is left of it to breakage. A grant that recurs is
+a rule that issues them.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from entitlement.account import MAX_GRANTS
 from entitlement.errors import InvalidArgument
-from entitlement.grants import Category, Grant
+from entitlement.grants import Category
 from entitlement.identity import check_id
+from entitlement.periods import Recurrence
 from entitlement.quantity import MAX_NANOS, within
 from entitlement.v1 import ledger_pb2 as pb
-from ledger_sync import changes, hot_deltas
-from ledger_sync.changes import Entry, Locked, Transaction
-from ledger_sync.refusals import AlreadyExists, FailedPrecondition, NotFound
+from ledger_sync import allotments, changes, hot_deltas
+from ledger_sync.allotments import Recurring
+from ledger_sync.changes import Locked
+from ledger_sync.issuing import RESERVED, NewGrant, issue, taken
+from ledger_sync.refusals import NotFound
 from ledger_sync.translate import (
     Page,
     check_features,
     check_known,
     check_text,
     page_token,
+    recurrence,
     to_ms,
     to_timestamp,
-    unsupported,
 )
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Connection, Ledger, Row
 
 MAX_GRANT_FEATURES: Final = 64
+MAX_RECURRING_ID: Final = 100  # characters: the ids of its allotments are longer
 
 _COLUMNS: Final = """g.no, g.id, g.customer, g.amount, g.category, g.priority, g.effective_ms, g.expires_ms,
-    g.created_ms, g.features, g.voided_ms, g.note, b.remaining"""
+    g.created_ms, g.features, g.voided_ms, g.note, g.source, b.remaining, b.broken"""
 
 
 class GrantStore:
@@ -41,33 +46,68 @@ class GrantStore:
         self._tenant = tenant
 
     async def create(self, message: pb.Grant, actor: str) -> pb.Grant:
-        """Books a grant, once: the same content again gives the same grant, other content AlreadyExists.
+        """Books a grant, or puts a recurring one in force, once: the same content again gives the same grant, other
+        content AlreadyExists.
 
-        Category PAID when left out; effective_at now; expires_at never.
+        Category PAID when left out, of a recurring one ALLOTMENT; effective_at now; expires_at never.
         """
         check_grant(message)
         async with self._ledger.transaction() as connection:
             account = await changes.lock(connection, self._tenant, message.customer)
-            row = await self._row(connection, message.id)
-            if row:
-                _refuse_other(row, message)
-                return _message(row)
+            if earlier := await self._earlier(connection, message):
+                return earlier
             named = [(f"features[{index}]", feature) for index, feature in enumerate(message.features)]
             await changes.check_features(connection, self._tenant, named)
-            await self._check_room(connection, account, message.amount_nanos)
-            grant = await self._insert(connection, message, account.now_ms)
-            version = await hot_deltas.decide(
-                connection, self._tenant, grant.customer, hot_deltas.Change(new=(grant.no,))
-            )
-            await self._book(
-                connection, account, version, "grant", grant, grant.amount, f"issued:{grant.category.name.lower()}"
-            )
-            detail = f"grant={grant.id} amount_nanos={grant.amount} category={grant.category.name}"
-            await changes.audit(connection, self._tenant, actor, "CreateGrant", grant.customer, detail)
-        return _message_of(grant, grant.amount)
+            if message.id.startswith(RESERVED):
+                await self._check_requested(connection, message)
+            if message.recurrence > pb.NEVER:
+                await allotments.begin(connection, account, _recurring(message, account.now_ms))
+            else:
+                await issue(connection, account, _new_grant(message, account.now_ms))
+            created = await self._stored(connection, message.id)
+            assert created is not None, "it has just been written"
+            category = pb.Grant.Category.Name(created.category)
+            detail = f"grant={message.id} amount_nanos={message.amount_nanos} category={category}"
+            await changes.audit(connection, self._tenant, actor, "CreateGrant", message.customer, detail)
+        return created
+
+    async def _earlier(self, connection: Connection, message: pb.Grant) -> pb.Grant | None:
+        """A repeated id is compared, not just recognised."""
+        stored = await self._stored(connection, message.id)
+        if stored is None:
+            return None
+        if not _same(message, stored, await self._created_ms(connection, message.id)):
+            raise taken(message.id)
+        return stored
+
+    async def _check_requested(self, connection: Connection, message: pb.Grant) -> None:
+        """An id that the ledger gives is accepted from outside as the answer to a top-up that asked for it."""
+        amount = await connection.fetchval(
+            "SELECT amount FROM top_ups WHERE tenant = $1 AND customer = $2 AND grant_id = $3",
+            *(self._tenant, message.customer, message.id),
+        )
+        if amount is None:
+            raise InvalidArgument("id", f"{message.id[:40]!r} begins with {RESERVED!r}, which is the ledger's own")
+        if amount != message.amount_nanos:
+            raise InvalidArgument("amount_nanos", f"is {message.amount_nanos}; the top-up asked for {amount}")
+
+    async def _stored(self, connection: Connection, grant: str) -> pb.Grant | None:
+        if row := await self._row(connection, grant):
+            return _message(row)
+        found = await allotments.read(connection, self._tenant, grant)
+        return _recurring_message(found) if found else None
+
+    async def _created_ms(self, connection: Connection, grant: str) -> int:
+        created: int = await connection.fetchval(
+            """SELECT created_ms FROM grants WHERE tenant = $1 AND id = $2
+               UNION ALL SELECT created_ms FROM recurring_grants WHERE tenant = $1 AND id = $2""",
+            *(self._tenant, grant),
+        )
+        return created
 
     async def void(self, request: pb.VoidGrantRequest, actor: str) -> pb.Grant:
-        """Ends a grant: nothing burns it any more, and what is left goes to breakage. Voiding twice changes nothing.
+        """Ends a grant: nothing burns it any more, and what is left goes to breakage. Of a recurring one nothing is
+        issued any more, and what it has issued ends too. Voiding twice changes nothing.
 
         What a hot account has left of it is known when the change arrives there; the ledger books it then.
         """
@@ -75,24 +115,36 @@ class GrantStore:
         check_text("reason", request.reason)
         async with self._ledger.transaction() as connection:
             customer = await connection.fetchval(
-                "SELECT customer FROM grants WHERE tenant = $1 AND id = $2", self._tenant, request.id
+                """SELECT customer FROM grants WHERE tenant = $1 AND id = $2
+                   UNION ALL SELECT customer FROM recurring_grants WHERE tenant = $1 AND id = $2 AND contract = ''""",
+                *(self._tenant, request.id),
             )
             if customer is None:
                 raise NotFound("id", f"there is no grant {request.id!r}")
             account = await changes.lock(connection, self._tenant, customer)
-            row = await self._row(connection, request.id)
-            assert row is not None, "grants are never deleted"
-            if not row["voided_ms"]:
-                await connection.execute("UPDATE grants SET voided_ms = $2 WHERE no = $1", row["no"], account.now_ms)
-                version = await hot_deltas.decide(connection, self._tenant, customer)
-                if account.epoch == 0 and row["remaining"]:  # It was never hot: the ledger's figure is exact.
-                    grant = hot_deltas.grant_of(row)
-                    await self._book(connection, account, version, "void", grant, -row["remaining"], "breakage")
+            if await self._end(connection, account, request.id):
                 detail = f"grant={request.id} reason={request.reason}"
                 await changes.audit(connection, self._tenant, actor, "VoidGrant", customer, detail)
-            row = await self._row(connection, request.id)
-            assert row is not None, "grants are never deleted"
-        return _message(row)
+            stored = await self._stored(connection, request.id)
+        assert stored is not None, "grants are never deleted"
+        return stored
+
+    async def _end(self, connection: Connection, account: Locked, grant: str) -> bool:
+        """Whether there was something to end."""
+        row = await self._row(connection, grant)
+        if row is None:
+            found = await allotments.read(connection, self._tenant, grant)
+            if found is None or found.voided_ms:
+                return False
+            await allotments.end(connection, account, grant, void=True)
+            return True
+        if row["voided_ms"]:
+            return False
+        await connection.execute("UPDATE grants SET voided_ms = $2 WHERE no = $1", row["no"], account.now_ms)
+        await hot_deltas.decide(connection, self._tenant, account.customer)
+        if account.epoch == 0:
+            await allotments.void_cold(connection, account, [row["no"]])
+        return True
 
     async def list(self, page: Page) -> pb.ListGrantsResponse:
         """In the order they were created, each with what is left of it."""
@@ -107,76 +159,22 @@ class GrantStore:
             response.next_page_token = page_token(rows[page.size - 1]["no"])
         return response
 
+    async def list_recurring(self, page: Page) -> pb.ListGrantsResponse:
+        """What issues allotments, by id; of one customer when the page names it."""
+        async with self._ledger.transaction(readonly=True) as connection:
+            after = str(page.after[0]) if page.after else ""
+            found = await allotments.listed(connection, self._tenant, page.customer, after, page.size + 1)
+        response = pb.ListGrantsResponse(grants=[_recurring_message(item) for item in found[: page.size]])
+        if len(found) > page.size:
+            response.next_page_token = page_token(found[page.size - 1].id)
+        return response
+
     async def _row(self, connection: Connection, grant: str) -> Row | None:
         return await connection.fetchrow(
             f"""SELECT {_COLUMNS} FROM grants g JOIN grant_balances b ON b.grant_no = g.no
                 WHERE g.tenant = $1 AND g.id = $2""",  # noqa: S608
             *(self._tenant, grant),
         )
-
-    async def _check_room(self, connection: Connection, account: Locked, amount: int) -> None:
-        """The account's total stays an int64, and its grants a number that one decision can look at."""
-        row = await connection.fetchrow(
-            """SELECT count(*) AS count, coalesce(sum(b.remaining), 0)::text AS total
-               FROM grants g JOIN grant_balances b ON b.grant_no = g.no
-               WHERE g.tenant = $1 AND g.customer = $2 AND g.voided_ms = 0 AND b.remaining > 0""",
-            *(self._tenant, account.customer),
-        )
-        assert row is not None
-        if row["count"] >= MAX_GRANTS:
-            raise FailedPrecondition(
-                "customer", f"has {row['count']} grants with something left; expected at most {MAX_GRANTS}"
-            )
-        room = MAX_NANOS - int(row["total"]) - account.config.credit_line
-        if amount > room:
-            raise InvalidArgument(
-                "amount_nanos", f"{amount} would bring the account's total over {MAX_NANOS}; {room} is left"
-            )
-
-    async def _insert(self, connection: Connection, message: pb.Grant, now_ms: int) -> Grant:
-        effective_ms = to_ms("effective_at", message.effective_at) if message.HasField("effective_at") else now_ms
-        expires_ms = to_ms("expires_at", message.expires_at) if message.HasField("expires_at") else 0
-        if 0 < expires_ms <= effective_ms:
-            raise InvalidArgument("expires_at", "is not later than effective_at")
-        category = Category(message.category or Category.PAID)
-        features = tuple(sorted(message.features))
-        no: int | None = await connection.fetchval(
-            """INSERT INTO grants (tenant, id, customer, amount, category, priority, effective_ms, expires_ms, features,
-                                   note, created_ms)
-               VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
-               ON CONFLICT (tenant, id) DO NOTHING RETURNING no""",
-            *(self._tenant, message.id, message.customer, message.amount_nanos, int(category), message.priority),
-            *(effective_ms, expires_ms, features, message.note, now_ms),
-        )
-        if no is None:
-            raise _taken(message.id)  # By another customer's grant, just now.
-        await connection.execute(
-            "INSERT INTO grant_balances (grant_no, remaining) VALUES ($1, $2)", no, message.amount_nanos
-        )
-        return Grant(
-            *(no, message.id, message.customer, message.amount_nanos, category, message.priority),
-            *(effective_ms, expires_ms, now_ms, features, 0, message.note),
-        )
-
-    async def _book(
-        self, connection: Connection, account: Locked, version: int, kind: str, grant: Grant, amount: int, against: str
-    ) -> None:
-        entries = (Entry(f"grant:{grant.id}", amount, grant.no), Entry(against, -amount))
-        transaction = Transaction(
-            tenant=self._tenant,
-            customer=grant.customer,
-            kind=kind,
-            key=grant.id,
-            credit_type=account.config.credit_type,
-            version=version,
-            entries=entries,
-            event_ms=grant.effective_ms if kind == "grant" else 0,
-        )
-        await changes.book(connection, transaction)
-        if kind == "void":
-            await connection.execute(
-                "UPDATE grant_balances SET remaining = remaining + $2 WHERE grant_no = $1", grant.no, amount
-            )
 
 
 def check_grant(message: pb.Grant) -> None:
@@ -187,42 +185,86 @@ def check_grant(message: pb.Grant) -> None:
     check_known("category", message.category, (0, *map(int, Category)))
     check_features("features", message.features, MAX_GRANT_FEATURES)
     check_text("note", message.note)
+    recurrence("recurrence", message.recurrence, Recurrence.NEVER)
+    within("rollover_max_nanos", message.rollover_max_nanos, 0, MAX_NANOS)
     if message.recurrence > pb.NEVER:
-        raise unsupported("recurrence", "a recurring grant")
-    check_known("recurrence", message.recurrence, (pb.RECURRENCE_UNSPECIFIED, pb.NEVER))
-    if message.rollover_max_nanos:
-        raise unsupported("rollover_max_nanos", "rollover")
-    if message.remaining_nanos:
-        raise InvalidArgument("remaining_nanos", "is set by the server; leave the field out")
+        if len(message.id) > MAX_RECURRING_ID:
+            raise InvalidArgument(
+                "id", f"of a recurring grant has {len(message.id)} characters; expected at most {MAX_RECURRING_ID}"
+            )
+    elif message.rollover_max_nanos:
+        raise InvalidArgument("rollover_max_nanos", "is for recurring grants: nothing follows one that does not recur")
+    for field, is_set in (
+        ("remaining_nanos", message.remaining_nanos),
+        ("source", message.source),
+        ("voided_at", message.HasField("voided_at")),
+    ):
+        if is_set:
+            raise InvalidArgument(field, "is set by the server; leave the field out")
 
 
-def _refuse_other(row: Row, message: pb.Grant) -> None:
-    """A repeated id is compared, not just recognised. A time that was left out may be what the server chose then."""
-    effective_ms = (
-        to_ms("effective_at", message.effective_at) if message.HasField("effective_at") else row["created_ms"]
-    )
+def _times(message: pb.Grant, now_ms: int) -> tuple[int, int]:
+    effective_ms = to_ms("effective_at", message.effective_at) if message.HasField("effective_at") else now_ms
     expires_ms = to_ms("expires_at", message.expires_at) if message.HasField("expires_at") else 0
-    asked = (
-        *(message.customer, message.amount_nanos, message.category or int(Category.PAID), message.priority),
-        *(effective_ms, expires_ms, sorted(message.features), message.note),
-    )
-    stored = (
-        *(row["customer"], row["amount"], row["category"], row["priority"]),
-        *(row["effective_ms"], row["expires_ms"], list(row["features"]), row["note"]),
-    )
-    if asked != stored:
-        raise _taken(message.id)
+    if 0 < expires_ms <= effective_ms:
+        raise InvalidArgument("expires_at", "is not later than effective_at")
+    return effective_ms, expires_ms
 
 
-def _taken(grant: str) -> AlreadyExists:
-    return AlreadyExists("id", f"{grant!r} is a grant with other content; nothing was changed")
+def _new_grant(message: pb.Grant, now_ms: int) -> NewGrant:
+    effective_ms, expires_ms = _times(message, now_ms)
+    return NewGrant(
+        id=message.id,
+        amount=message.amount_nanos,
+        category=Category(message.category or Category.PAID),
+        effective_ms=effective_ms,
+        priority=message.priority,
+        expires_ms=expires_ms,
+        features=tuple(sorted(message.features)),
+        note=message.note,
+    )
+
+
+def _recurring(message: pb.Grant, now_ms: int) -> Recurring:
+    effective_ms, expires_ms = _times(message, now_ms)
+    if 0 < expires_ms <= now_ms:
+        raise InvalidArgument("expires_at", "is over: a recurring grant would issue nothing")
+    return Recurring(
+        id=message.id,
+        customer=message.customer,
+        amount=message.amount_nanos,
+        category=Category(message.category or Category.ALLOTMENT),
+        recurrence=Recurrence(message.recurrence),
+        anchor_ms=effective_ms,
+        priority=message.priority,
+        features=tuple(sorted(message.features)),
+        rollover_max=message.rollover_max_nanos,
+        ends_ms=expires_ms,
+        note=message.note,
+    )
+
+
+def _same(asked: pb.Grant, stored: pb.Grant, created_ms: int) -> bool:
+    """A time that was left out may be what the server chose then."""
+    usual = Category.ALLOTMENT if asked.recurrence > pb.NEVER else Category.PAID
+    full = pb.Grant()
+    full.CopyFrom(asked)
+    full.category = int(asked.category or usual)  # type: ignore[assignment]
+    full.recurrence = asked.recurrence or pb.NEVER
+    full.features[:] = sorted(asked.features)
+    effective_ms, expires_ms = _times(asked, created_ms)
+    full.effective_at.CopyFrom(to_timestamp(effective_ms))
+    if expires_ms:
+        full.expires_at.CopyFrom(to_timestamp(expires_ms))
+    known = pb.Grant()
+    known.CopyFrom(stored)
+    for field in ("remaining_nanos", "source", "voided_at"):
+        known.ClearField(field)
+    return full == known
 
 
 def _message(row: Row) -> pb.Grant:
-    return _message_of(hot_deltas.grant_of(row), 0 if row["voided_ms"] else row["remaining"], row["note"])
-
-
-def _message_of(grant: Grant, remaining: int, note: str = "") -> pb.Grant:
+    grant = hot_deltas.grant_of(row)
     return pb.Grant(
         id=grant.id,
         customer=grant.customer,
@@ -233,6 +275,25 @@ def _message_of(grant: Grant, remaining: int, note: str = "") -> pb.Grant:
         expires_at=to_timestamp(grant.expires_ms) if grant.expires_ms else None,
         features=grant.features,
         recurrence=pb.NEVER,
-        remaining_nanos=remaining,
-        note=grant.note or note,
+        remaining_nanos=0 if grant.voided_ms else row["remaining"] - row["broken"],
+        note=row["note"],
+        source=row["source"],
+        voided_at=to_timestamp(grant.voided_ms) if grant.voided_ms else None,
+    )
+
+
+def _recurring_message(found: Recurring) -> pb.Grant:
+    return pb.Grant(
+        id=found.id,
+        customer=found.customer,
+        amount_nanos=found.amount,
+        category=int(found.category),  # type: ignore[arg-type]
+        priority=found.priority,
+        effective_at=to_timestamp(found.anchor_ms),
+        expires_at=to_timestamp(found.ends_ms) if found.ends_ms else None,
+        features=found.features,
+        recurrence=int(found.recurrence),  # type: ignore[arg-type]
+        rollover_max_nanos=found.rollover_max,
+        note=found.note,
+        voided_at=to_timestamp(found.voided_ms) if found.voided_ms else None,
     )

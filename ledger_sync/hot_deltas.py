@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from entitlement.account import Config, encode_features
-from entitlement.grants import Category, Grant, burn_order
+from entitlement.grants import LATE_MS, Category, Grant, burn_order
 from entitlement.journal import OVERAGE, Consumed
 from entitlement.periods import Recurrence, period
 from ledger_sync.contracts import quotas_of
@@ -146,14 +146,16 @@ def feature_of(meter: str) -> str:
 _LOCK = """
 SELECT config, epoch, version, ledger_now_ms() AS now_ms
 FROM accounts WHERE tenant = $1 AND customer = $2 FOR UPDATE"""
-_CONTRACT = "SELECT body FROM contracts WHERE tenant = $1 AND customer = $2"
+_CONTRACT = "SELECT body FROM contracts WHERE tenant = $1 AND customer = $2 AND state = 1"
 
 # What the hot account may still hold: named in the delta, else it would be taken for voided.
 _GRANTS = """
 SELECT g.no, g.id, g.customer, g.amount, g.category, g.priority, g.effective_ms, g.expires_ms, g.created_ms, g.features,
        g.voided_ms
 FROM grants g JOIN grant_balances b ON b.grant_no = g.no
-WHERE g.tenant = $1 AND g.customer = $2 AND (g.voided_ms = 0 AND b.remaining > 0 OR g.no = ANY($3::bigint[]))"""
+WHERE g.tenant = $1 AND g.customer = $2
+      AND (g.no = ANY($3::bigint[])
+           OR g.voided_ms = 0 AND b.remaining > 0 AND (g.expires_ms = 0 OR g.expires_ms > $4))"""
 
 
 async def decide(connection: Connection, tenant: str, customer: str, change: Change | None = None) -> int:
@@ -176,10 +178,11 @@ async def decide(connection: Connection, tenant: str, customer: str, change: Cha
         return version
     adjusted = dict(change.grants)
     pending = await _adjusted_by_pending(connection, tenant, customer)
-    grants = await _standing(connection, tenant, customer, pending | set(adjusted))
-    # What is given back to a grant that was voided meanwhile goes the way its rest went: with the next version.
-    returned = [grant.no for grant in grants if grant.voided_ms and grant.no in adjusted]
-    grants = [grant for grant in grants if not grant.voided_ms or grant.no in adjusted]
+    now_ms: int = row["now_ms"]
+    grants = await _standing(connection, tenant, customer, pending | set(adjusted), now_ms)
+    # What is given back to a grant that has ended meanwhile goes the way its rest went: with the next version.
+    returned = [grant.no for grant in grants if grant.ended(now_ms) and grant.no in adjusted]
+    grants = [grant for grant in grants if not grant.ended(now_ms) or grant.no in adjusted]
     contract: bytes | None = await connection.fetchval(_CONTRACT, tenant, customer)
     delta = _delta(version, row, contract, config, change, grants)
     await connection.execute(
@@ -239,8 +242,8 @@ async def _adjusted_by_pending(connection: Connection, tenant: str, customer: st
     return {grant.no for row in rows for grant in parse(row["body"]).grants if grant.adjustment}
 
 
-async def _standing(connection: Connection, tenant: str, customer: str, named: set[int]) -> list[Grant]:
-    rows = await connection.fetch(_GRANTS, tenant, customer, sorted(named))
+async def _standing(connection: Connection, tenant: str, customer: str, named: set[int], now_ms: int) -> list[Grant]:
+    rows = await connection.fetch(_GRANTS, tenant, customer, sorted(named), now_ms - LATE_MS)
     return burn_order(grant_of(row) for row in rows)
 
 

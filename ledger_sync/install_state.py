@@ -14,6 +14,8 @@ from ledger_sync import changes, hot_deltas
 from ledger_sync.accounts import Corrections, Credit, Ledgered, Name, assemble
 from ledger_sync.changes import Entry, Transaction
 from ledger_sync.contracts import quotas_of
+from ledger_sync.posting import BREAKAGE, Expired, restored
+from ledger_sync.posting import Entry as Line
 from ledger_sync.quota_usage import used_now
 
 if TYPE_CHECKING:
@@ -42,9 +44,10 @@ async def prepare(connection: Connection, names: Sequence[Name], now_ms: int, *,
     if not chosen:
         return Prepared([], unsettled, missing)
     await _read(connection, chosen, now_ms)
+    broken = {name: _broken(account) for name, account in chosen.items()}
     built = {name: assemble(account, now_ms) for name, account in chosen.items()}
     for name, (account, corrections) in built.items():
-        await _book(connection, name, account, corrections)
+        await _book(connection, name, account, corrections, broken[name])
     await _advance(connection, {name: account for name, (account, _) in built.items()})
     return Prepared([(name, account) for name, (account, _) in built.items()], unsettled, missing)
 
@@ -58,11 +61,11 @@ FROM accounts WHERE (tenant, customer) IN {_NAMES} ORDER BY tenant, customer FOR
 
 _CREDITS: Final = f"""
 SELECT g.tenant, g.no, g.id, g.customer, g.amount, g.category, g.priority, g.effective_ms, g.expires_ms, g.created_ms,
-       g.features, g.voided_ms, b.remaining
+       g.features, g.voided_ms, b.remaining, b.broken
 FROM grants g JOIN grant_balances b ON b.grant_no = g.no
 WHERE (g.tenant, g.customer) IN {_NAMES} AND b.remaining <> 0"""  # noqa: S608
 
-_CONTRACTS: Final = f"SELECT tenant, customer, body FROM contracts WHERE (tenant, customer) IN {_NAMES}"  # noqa: S608
+_CONTRACTS: Final = f"SELECT tenant, customer, body FROM contracts WHERE state = 1 AND (tenant, customer) IN {_NAMES}"  # noqa: S608
 
 _SETTLED: Final = f"""
 SELECT p.tenant, p.customer, p.settled FROM account_periods p JOIN accounts a USING (tenant, customer, period_start)
@@ -86,7 +89,7 @@ async def _rows(connection: Connection, query: str, names: Iterable[Name]) -> li
 async def _read(connection: Connection, accounts: Mapping[Name, Ledgered], now_ms: int) -> None:
     """Fills in what lies beside the accounts' rows. Read after the lock, each in a statement of its own."""
     for row in await _rows(connection, _CREDITS, accounts):
-        credit = Credit(hot_deltas.grant_of(row), row["remaining"])
+        credit = Credit(hot_deltas.grant_of(row), row["remaining"], row["broken"])
         accounts[row["tenant"], row["customer"]].credits.append(credit)
     for row in await _rows(connection, _CONTRACTS, accounts):
         accounts[row["tenant"], row["customer"]].quotas += quotas_of(row["body"])
@@ -114,18 +117,27 @@ async def _read_history(connection: Connection, accounts: Mapping[Name, Ledgered
             account.used = await used_now(connection, *account.name, account.config, account.quotas, now_ms)
 
 
-async def _book(connection: Connection, name: Name, account: Account, corrections: Corrections) -> None:
+def _broken(account: Ledgered) -> dict[int, Expired]:
+    return {credit.grant.no: Expired(credit.remaining, credit.broken) for credit in account.credits if credit.broken}
+
+
+async def _book(
+    connection: Connection, name: Name, account: Account, corrections: Corrections, expired: dict[int, Expired]
+) -> None:
     tenant, customer = name
     overage = f"overage:{customer}"
     moved: dict[int, int] = defaultdict(int)
+    was = {no: grant.broken for no, grant in expired.items()}
     for kind, parts, sign, other in (
-        ("void", corrections.removed, -1, "breakage"),
+        ("void", corrections.removed, -1, BREAKAGE),
         ("reclass", corrections.reclassed, 1, overage),
         ("repay", corrections.repaid, -1, overage),
     ):
         if not parts:
             continue
-        entries = [Entry(f"grant:{grant.id}", sign * amount, grant.no) for grant, amount in parts]
+        entries: list[Line] = [(f"grant:{grant.id}", grant.no, sign * amount) for grant, amount in parts]
+        entries.append((other, None, -sum(amount for _, _, amount in entries)))
+        entries = restored(entries, expired, {grant.no: grant.id for grant, _ in parts})
         transaction = Transaction(
             tenant=tenant,
             customer=customer,
@@ -134,7 +146,7 @@ async def _book(connection: Connection, name: Name, account: Account, correction
             credit_type=account.config.credit_type,
             version=account.version,
             epoch=account.epoch,
-            entries=[*entries, Entry(other, -sum(entry.amount for entry in entries))],
+            entries=[Entry(where, amount, no) for where, no, amount in entries],
         )
         await changes.book(connection, transaction)
         for grant, amount in parts:
@@ -144,6 +156,12 @@ async def _book(connection: Connection, name: Name, account: Account, correction
             """UPDATE grant_balances b SET remaining = remaining + m.amount
                FROM unnest($1::bigint[], $2::bigint[]) AS m (no, amount) WHERE b.grant_no = m.no""",
             *(list(moved), list(moved.values())),
+        )
+    if back := {no: grant.broken for no, grant in expired.items() if grant.broken != was[no]}:
+        await connection.execute(
+            """UPDATE grant_balances b SET broken = m.broken
+               FROM unnest($1::bigint[], $2::bigint[]) AS m (no, broken) WHERE b.grant_no = m.no""",
+            *(list(back), list(back.values())),
         )
 
 

@@ -16,12 +16,19 @@ CREATE INDEX contracts_top_up ON contracts (tenant, customer) WHERE state = 1 AN
 
 -- The recurring grant (or contract, for its seats) that issued it.
 ALTER TABLE grants ADD COLUMN source text NOT NULL DEFAULT '';
-CREATE INDEX grants_expiring ON grants (expires_ms) WHERE expires_ms > 0 AND voided_ms = 0;
+CREATE INDEX grants_source ON grants (tenant, source) WHERE source <> '';
+-- 0 live, 1 expired and booked as such, 2 beyond the reach of late events. (No index may stand on a balance: they move
+-- all the time, and are updated in place.)
+ALTER TABLE grants ADD COLUMN swept smallint NOT NULL DEFAULT 0;
+CREATE INDEX grants_expiring ON grants (expires_ms) WHERE expires_ms > 0 AND swept = 0;
+CREATE INDEX grants_expired ON grants (expires_ms) WHERE expires_ms > 0 AND swept = 1;
 
 -- Of what remains: booked to breakage when the grant expired ('expired:<grant id>' stands against it). The grant itself
 -- stays as it is while late events may burn it; what they burn comes back from breakage.
 ALTER TABLE grant_balances ADD COLUMN broken bigint NOT NULL DEFAULT 0 CHECK (broken >= 0);
-CREATE INDEX grant_balances_left ON grant_balances (grant_no) WHERE remaining > 0;
+
+-- Pages that are to be turned.
+CREATE INDEX accounts_turning ON accounts (period_end) WHERE period_end > 0 AND epoch > 0;
 
 -- What issues allotments: one grant for each period that begins at anchor_ms and recurs.
 CREATE TABLE recurring_grants (
@@ -40,12 +47,13 @@ CREATE TABLE recurring_grants (
     created_ms   bigint NOT NULL,
     voided_ms    bigint NOT NULL DEFAULT 0,
     next_ms      bigint NOT NULL,          -- when the next allotment to issue begins
+    issue_ms     bigint NOT NULL,          -- when it is issued: somewhat before
     contract     text NOT NULL DEFAULT '', -- whose seats it is for
     PRIMARY KEY (tenant, id),
     FOREIGN KEY (tenant, customer) REFERENCES customers (tenant, id)
 );
 CREATE INDEX recurring_grants_customer ON recurring_grants (tenant, customer);
-CREATE INDEX recurring_grants_due ON recurring_grants (next_ms) WHERE voided_ms = 0;
+CREATE INDEX recurring_grants_due ON recurring_grants (issue_ms) WHERE voided_ms = 0;
 
 -- Nanos that a meter's units came to, beside the units.
 ALTER TABLE meters ADD COLUMN amount bigint NOT NULL DEFAULT 0;
