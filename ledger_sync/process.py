@@ -24,6 +24,7 @@ from ledger_sync.publisher import open_publisher
 from ledger_sync.settings import Settings, split_address
 from ledger_sync.settlement import Outcome
 from ledger_sync.telemetry import Figures
+from ledger_sync.webhooks import Webhooks, declare, target_of
 from ledger_sync.worker import Loop, Worker
 
 GC_THRESHOLD: Final = 50_000  # A batch makes many small values that live briefly together.
@@ -42,6 +43,7 @@ class Process:
         self._settings = settings
         self._figures = Figures()
         self._random = Random()  # noqa: S311  Spreads retries.
+        self._target = target_of(settings)
         self._publisher = open_publisher(
             settings.publisher or settings.redis_url, deadline_ms=settings.publisher_deadline_ms
         )
@@ -66,6 +68,7 @@ class Process:
         """
         settings = self._settings
         self._ledger = ledger = await self._open_ledger()
+        await declare(ledger, self._target)
         drain = Drain(
             ledger,
             self._readers,
@@ -77,6 +80,8 @@ class Process:
         self._control = ControlPlane(ledger, self._hot, drain.settled, settings.tenant, Limits())
         self._outbox = Outbox(ledger, self._publisher, figures=self._figures, random=self._random)
         loops: dict[str, Loop] = {"drain": drain, "outbox": self._outbox, "control": self._control}
+        if self._target:
+            loops["webhooks"] = Webhooks(ledger, self._target, figures=self._figures, random=self._random)
         self._worker = Worker(loops, figures=self._figures, random=self._random)
         self._admin = AdminServer(LedgerAdmin(self._control), settings.addresses, reflected=settings.reflection)
         await self._admin.start()

@@ -14,9 +14,12 @@ import msgspec
 from entitlement.errors import InvalidArgument
 from entitlement.identity import check_id
 from entitlement.quantity import parse_integer, within
+from ledger_sync.announcements import TYPES
 
 PREFIX: Final = "ENTITLEMENT_SYNC_"
-_SECRET: Final = ("redis_url", "database_url", "publisher")  # may hold a password
+_SECRET: Final = ("redis_url", "database_url", "publisher", "webhook_url")  # may hold a password
+_HIDDEN: Final = ("webhook_secret",)
+_LOOPBACK: Final = ("127.0.0.1", "localhost", "[::1]")
 _BOUNDS: Final = {
     "partitions": (1, 1_024),
     "publisher_deadline_ms": (100, 600_000),
@@ -24,6 +27,7 @@ _BOUNDS: Final = {
     "lanes": (1, 16),
     "linger_ms": (0, 1_000),
     "connections": (4, 100),
+    "webhook_timeout_ms": (100, 60_000),
     "start_ms": (0, 600_000),
     "stop_ms": (0, 600_000),
 }
@@ -49,12 +53,17 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metrics: str = ""  # host:port of the figures for Prometheus; empty: none
     start_ms: int = 60_000  # 0..600000: how long the database may take to come
     stop_ms: int = 5_000  # 0..600000: how long calls in flight may finish after SIGTERM
+    webhook_url: str = ""  # who is told of crossings, contracts, top-ups, invoices by webhook; empty: nobody
+    webhook_secret: str = ""  # whsec_..., of Standard Webhooks; or
+    webhook_secret_file: str = ""  # the file that holds it
+    webhook_types: str = ""  # of events, comma-separated; empty: all
+    webhook_timeout_ms: int = 10_000  # 100..60000: how long an attempt may take
     log_level: str = "info"
 
     def __repr__(self) -> str:
         """Without what may hold a secret."""
         shown = [
-            f"{name}={_location(value) if name in _SECRET else value!r}"
+            f"{name}={_location(value) if name in _SECRET else '***' if name in _HIDDEN and value else repr(value)}"
             for name in self.__struct_fields__
             for value in [getattr(self, name)]
         ]
@@ -62,7 +71,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        return tuple(address.strip() for address in self.listen.split(",") if address.strip())
+        return _listed(self.listen)
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """The types of event that a webhook tells of; empty: all."""
+        return _listed(self.webhook_types)
 
 
 def load(environment: Mapping[str, str] | None = None) -> Settings:
@@ -110,7 +124,36 @@ def _checked(settings: Settings) -> Settings:
             _check_loopback(address, split_address("listen", address)[0], insecure=settings.insecure)
     if settings.metrics:
         split_address("metrics", settings.metrics)
+    if settings.webhook_url:
+        _check_webhook(settings)
     return settings
+
+
+def _check_webhook(settings: Settings) -> None:
+    """The URL itself is in no error: it may hold a secret."""
+    field = "webhook_url"
+    try:
+        parts = urlsplit(settings.webhook_url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise InvalidArgument(field, "is not a URL") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise InvalidArgument(field, "is not an address of the web; expected https://host[:port]/path")
+    if "@" in parts.netloc:
+        raise InvalidArgument(field, "has a user or password; the signature proves who sends")
+    if parts.scheme == "http" and host not in (*_LOOPBACK, "::1") and not settings.insecure:
+        raise InvalidArgument(field, "would send plaintext beyond this machine; use https:// or say insecure = true")
+    if bool(settings.webhook_secret) == bool(settings.webhook_secret_file):
+        raise InvalidArgument("webhook_secret", "expected this or webhook_secret_file, one of both")
+    if settings.webhook_secret_file.startswith("whsec_"):  # It would be shown as a file's name.
+        raise InvalidArgument("webhook_secret_file", "is a secret; expected the name of the file that holds it")
+    for kind in settings.told:
+        if kind not in TYPES:
+            raise InvalidArgument("webhook_types", f"{kind!r} is not one of {', '.join(TYPES)}")
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
 def split_address(field: str, address: str) -> tuple[str, int]:
@@ -122,7 +165,7 @@ def split_address(field: str, address: str) -> tuple[str, int]:
 
 
 def _check_loopback(address: str, host: str, *, insecure: bool) -> None:
-    if host not in ("127.0.0.1", "localhost", "[::1]") and not insecure:
+    if host not in _LOOPBACK and not insecure:
         raise InvalidArgument(
             "listen",
             f"{address!r} would serve plaintext beyond this machine; "

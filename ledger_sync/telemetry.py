@@ -45,6 +45,7 @@ class Figures:
         self.gaps = counter("sequence_gaps", "Holes in the journals of accounts.")
         self.published = counter("published", "Events that a publisher has accepted.")
         self.publish_failures = counter("publish_failures", "Publishes that did not succeed and were tried again.")
+        self.webhooks = counter("webhooks", "Webhook deliveries, by what became of an attempt.", "outcome")
         self.restarts = counter("loop_restarts", "Loops that ended with an error and were started again.", "loop")
         self.batch = Histogram(
             "entitlement_sync_batch_seconds",
@@ -59,4 +60,7 @@ class Figures:
             registry=registry,
         )
         self.lag = Gauge("entitlement_sync_journal_lag", "Journal records that are not settled.", registry=registry)
+        self.webhooks_pending = Gauge(
+            "entitlement_sync_webhooks_pending", "Webhook deliveries that wait.", registry=registry
+        )
         self.healthy = Gauge("entitlement_sync_loop_healthy", "1: the loop runs.", ("loop",), registry=registry)
