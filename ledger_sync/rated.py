@@ -33,8 +33,12 @@ def _second(second: int) -> str:
     return timestamp(second * 1000).strftime("%Y-%m-%dT%H:%M:%S")
 
 
-def rated_event(posted: Posted, record: Consumed, transaction: int | None, grants: Mapping[int, str]) -> bytes:
-    """The CloudEvent of one consumption; `grants` names the grants burned (number -> id)."""
+def rated_event(
+    posted: Posted, record: Consumed, transaction: int | None, grants: Mapping[int, str], correction: int = 0
+) -> bytes:
+    """The CloudEvent of one consumption; `grants` names the grants burned (number -> id). `correction`: the number of
+    the later version that it tells of, in place of the earlier ones.
+    """
     customer, tenant, key = record.customer, record.tenant, posted.key
     time = rfc3339(record.event_ms)
     recorded = time if record.recorded_ms == record.event_ms else rfc3339(record.recorded_ms)
@@ -50,12 +54,13 @@ def rated_event(posted: Posted, record: Consumed, transaction: int | None, grant
         )
     subject = posted.subject and f',"subject":"{posted.subject}"'
     booked = "" if transaction is None else f',"transaction":"{transaction}"'
+    number, reverses = (f"#{correction}", f',"reverses":"{key}"') if correction else ("", "")
     return (
-        f'{{"specversion":"1.0","id":"{key}","source":"{_source(tenant)}","type":"{RATED}","subject":"{customer}"'
+        f'{{"specversion":"1.0","id":"{key}{number}","source":"{_source(tenant)}","type":"{RATED}","subject":"{customer}"'
         f',"time":"{time}","partitionkey":"{customer}","datacontenttype":"application/json","data":{{'
         f'"idempotencyKey":"{key}","tenant":"{tenant}","customer":"{customer}"{subject},"eventTime":"{time}"'
         f',"recordedAt":"{recorded}","creditType":"{record.credit_type}","lines":[{",".join(lines)}]'
-        f',"epoch":"{record.epoch}","sequence":"{record.sequence}"{booked}}}}}'
+        f',"epoch":"{record.epoch}","sequence":"{record.sequence}"{booked}{reverses}}}}}'
     ).encode("ascii")
 
 

@@ -1,4 +1,4 @@
-"""Usage that did not pass the gateway: late, offline and backfilled events.
+"""Usage that did not pass the gateway: late and offline events, and those of a backfill that is closed.
 
 They go through the hot store's own script, in ADJUST_ONLY mode: what has happened is recorded, whatever the balance,
 and is atomic with live traffic. What was recorded is in the ledger when the call returns.
@@ -7,7 +7,7 @@ and is atomic with live traffic. What was recorded is in the ledger when the cal
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -26,10 +26,11 @@ from entitlement.decision import (
     parse_outcome,
 )
 from entitlement.errors import InvalidArgument, Unavailable
-from entitlement.identity import check_id, fingerprint
+from entitlement.identity import fingerprint
 from entitlement.periods import DAY
 from entitlement.quantity import MAX_CUMULATIVE, MAX_NANOS, within
 from entitlement.request import parse_consume
+from entitlement.v1 import gateway_pb2
 from entitlement.v1 import ledger_pb2 as pb
 from ledger_sync import changes
 from ledger_sync.archive import fill_archive
@@ -48,7 +49,7 @@ SETTLED_S: Final = 10.0
 BACKFILL_MS: Final = 3_653 * DAY  # ten years
 
 
-class _Open(msgspec.Struct):
+class Open(msgspec.Struct):
     """An event that has no answer yet."""
 
     index: int
@@ -61,13 +62,23 @@ class _Open(msgspec.Struct):
         return self.request.tenant, self.request.customer
 
 
-class _Tally(msgspec.Struct):
+class Tally(msgspec.Struct):
     """What became of the events, by their index."""
 
     recorded: set[int] = set()
     duplicates: set[int] = set()
     rejected: dict[int, str] = {}
     partitions: set[int] = set()  # whose journal holds something that the ledger may not have yet
+
+    def response(self, message: pb.RecordUsageRequest) -> pb.RecordUsageResponse:
+        return pb.RecordUsageResponse(
+            recorded=len(self.recorded),
+            duplicates=len(self.duplicates),
+            rejected=[
+                pb.Rejected(idempotency_key=message.events[index].idempotency_key, error=error)
+                for index, error in sorted(self.rejected.items())
+            ],
+        )
 
 
 class UsageRecorder:
@@ -93,36 +104,26 @@ class UsageRecorder:
     async def record(self, message: pb.RecordUsageRequest, actor: str) -> pb.RecordUsageResponse:
         """Records each event once, whatever its mode says; an event's own fault rejects that event alone.
 
-        Events may be 35 days old, with a backfill id ten years. Unavailable: the outcome is unknown; the same call
-        again is safe and converges.
+        Events may be 35 days old. Unavailable: the outcome is unknown; the same call again is safe and converges.
         """
+        assert not message.backfill_id, "a backfill's events are gathered first"
         within("events", len(message.events), 1, MAX_EVENTS)
-        if message.backfill_id:
-            check_id("backfill_id", message.backfill_id)
-        tally = _Tally()
-        events = self._parse(message, tally)
-        events = await self._without_known(events, tally)
-        await self._consume(events, backfill=bool(message.backfill_id), tally=tally)
-        await self._settle(tally)
+        tally = Tally()
+        events = self.parse(message.events, tally)
+        events = await self.without_known(events, tally)
+        await self.consume(events, tally)
         if tally.recorded:
             async with self._ledger.transaction() as connection:
                 detail = (
                     f"recorded={len(tally.recorded)} duplicates={len(tally.duplicates)} rejected={len(tally.rejected)}"
                 )
-                subject = message.backfill_id or "-"
-                await changes.audit(connection, self._tenant, actor, "RecordUsage", subject, detail)
-        return pb.RecordUsageResponse(
-            recorded=len(tally.recorded),
-            duplicates=len(tally.duplicates),
-            rejected=[
-                pb.Rejected(idempotency_key=message.events[index].idempotency_key, error=error)
-                for index, error in sorted(tally.rejected.items())
-            ],
-        )
+                await changes.audit(connection, self._tenant, actor, "RecordUsage", "-", detail)
+        return tally.response(message)
 
-    def _parse(self, message: pb.RecordUsageRequest, tally: _Tally) -> list[_Open]:
+    def parse(self, messages: Iterable[gateway_pb2.CheckAndConsumeRequest], tally: Tally) -> list[Open]:
+        """The events that may be recorded; the others are rejected in the tally."""
         events = []
-        for index, event in enumerate(message.events):
+        for index, event in enumerate(messages):
             try:
                 request = parse_consume(self._tenant, event)
                 if request.mode is Mode.CHECK_ONLY:
@@ -131,10 +132,10 @@ class UsageRecorder:
                 tally.rejected[index] = str(error)
                 continue
             # What is journaled stays the event as it came, so that its fingerprint is the gateway's.
-            events.append(_Open(index, msgspec.structs.replace(request, mode=Mode.ADJUST_ONLY)))
+            events.append(Open(index, msgspec.structs.replace(request, mode=Mode.ADJUST_ONLY)))
         return events
 
-    async def _without_known(self, events: list[_Open], tally: _Tally) -> list[_Open]:
+    async def without_known(self, events: list[Open], tally: Tally) -> list[Open]:
         """The ledger remembers keys for ever, the hot store for an hour."""
         async with self._ledger.transaction(readonly=True) as connection:
             rows = await connection.fetch(
@@ -150,10 +151,15 @@ class UsageRecorder:
             elif known[event.request.key] == fingerprint(event.request.payload):
                 tally.duplicates.add(event.index)
             else:
-                tally.rejected[event.index] = _mismatch(event.request.key)
+                tally.rejected[event.index] = mismatch(event.request.key)
         return fresh
 
-    async def _consume(self, events: list[_Open], *, backfill: bool, tally: _Tally) -> None:
+    async def consume(self, events: list[Open], tally: Tally, *, backfill: bool = False) -> None:
+        """Has the hot store record them; when it returns they are in the ledger. A backfill's may be ten years old."""
+        await self._decide(events, tally, backfill=backfill)
+        await self._settle(tally)
+
+    async def _decide(self, events: list[Open], tally: Tally, *, backfill: bool) -> None:
         limits = msgspec.structs.replace(self._limits, oldest_ms=BACKFILL_MS) if backfill else self._limits
         prices = await self._price_list()
         if backfill:
@@ -166,12 +172,12 @@ class UsageRecorder:
             tally.partitions |= {self._hot.partition(event.name) for event in events}
             again = [event for event, reply in zip(events, replies, strict=True) if self._is_open(event, reply, tally)]
             unloaded = {event.name for event, reply in zip(events, replies, strict=True) if reply == b"!NOT_LOADED"}
-            await self._load(sorted(unloaded))
+            await _load(self._hot, sorted(unloaded))
             prices = await self._price_list()
             events = again
         raise Unavailable("accounts or their prices kept changing; send the same events again")
 
-    def _is_open(self, event: _Open, reply: bytes, tally: _Tally) -> bool:
+    def _is_open(self, event: Open, reply: bytes, tally: Tally) -> bool:
         """Whether the event has to be tried again."""
         outcome = parse_outcome(reply, event.request)
         match outcome:
@@ -186,7 +192,7 @@ class UsageRecorder:
             case NotLoaded():
                 return True
             case Mismatch():
-                tally.rejected[event.index] = _mismatch(event.request.key)
+                tally.rejected[event.index] = mismatch(event.request.key)
             case OutOfTime():
                 tally.rejected[event.index] = (
                     f"event_time: {event.request.event_ms} ms is outside what is accepted around {outcome.now_ms} ms;"
@@ -199,20 +205,13 @@ class UsageRecorder:
                 )
         return False
 
-    async def _load(self, names: Sequence[Name]) -> None:
-        try:
-            async with asyncio.timeout(LOAD_S):
-                await ensure(self._hot, names)
-        except TimeoutError:
-            raise Unavailable("an account was not loaded in time; send the same events again") from None
-
-    async def _prepare_archives(self, events: Sequence[_Open]) -> None:
+    async def _prepare_archives(self, events: Sequence[Open]) -> None:
         """An old event counts on its own period's meters, which the hot store may not have any more."""
         old: dict[Name, set[int]] = {}
         for event in events:
             if event.request.event_ms:
                 old.setdefault(event.name, set()).add(event.request.event_ms)
-        await self._load(sorted(old))
+        await _load(self._hot, sorted(old))
         for name, times_ms in sorted(old.items()):
             await fill_archive(self._ledger, self._hot, name, times_ms)
 
@@ -221,7 +220,7 @@ class UsageRecorder:
             self._prices = PriceList((await self._catalogs.snapshot()).tenants[0])
         return self._prices
 
-    async def _settle(self, tally: _Tally) -> None:
+    async def _settle(self, tally: Tally) -> None:
         """Waits until what was recorded is in the ledger."""
         if not tally.partitions:
             return
@@ -235,5 +234,19 @@ class UsageRecorder:
             ) from None
 
 
-def _mismatch(key: str) -> str:
+async def open_archive(ledger: Ledger, hot: HotStore, name: Name, times_ms: Iterable[int]) -> None:
+    """The hot account, loaded, with the meters of the periods that hold `times_ms`."""
+    await _load(hot, [name])
+    await fill_archive(ledger, hot, name, times_ms)
+
+
+async def _load(hot: HotStore, names: Sequence[Name]) -> None:
+    try:
+        async with asyncio.timeout(LOAD_S):
+            await ensure(hot, names)
+    except TimeoutError:
+        raise Unavailable("an account was not loaded in time; make the same call again") from None
+
+
+def mismatch(key: str) -> str:
     return f"idempotency_key: {key!r} was used before with another payload (reason IDEMPOTENCY_MISMATCH)"
