@@ -111,13 +111,15 @@ class LedgerAdmin(LedgerAdminServicer):
 
     @_answered
     async def PutContract(self, request: pb.Contract, actor: str) -> pb.Contract:
-        contract = await self._control.customers.put_contract(request, actor)
+        contract = await self._control.contracts.put(request, actor)
+        if contract.overrides:
+            await self._control.catalog_changed()
         await self._control.customer_changed(contract.customer)
         return contract
 
     @_answered
     async def ListContracts(self, request: pb.ListRequest, actor: str) -> pb.ListContractsResponse:
-        return await self._control.customers.list_contracts(page_of(request, after=(str,), customer=True))
+        return await self._control.contracts.list(page_of(request, after=(str,), customer=True))
 
     @_answered
     async def CreateGrant(self, request: pb.Grant, actor: str) -> pb.Grant:
@@ -136,12 +138,36 @@ class LedgerAdmin(LedgerAdminServicer):
         return await self._control.grants.list(page_of(request, after=(int,), customer=True))
 
     @_answered
+    async def ListRecurringGrants(self, request: pb.ListRequest, actor: str) -> pb.ListGrantsResponse:
+        return await self._control.grants.list_recurring(page_of(request, after=(str,), customer=True))
+
+    @_answered
     async def ListTransactions(self, request: pb.ListRequest, actor: str) -> pb.ListTransactionsResponse:
         return await self._control.transactions.list(page_of(request, after=(int,), customer=True, times=True))
 
     @_answered
+    async def ListDeadLetters(self, request: pb.ListRequest, actor: str) -> pb.ListDeadLettersResponse:
+        return await self._control.dead_letters.list(page_of(request, after=(int,), customer=True))
+
+    @_answered
+    async def RetryDeadLetters(self, request: pb.RetryDeadLettersRequest, actor: str) -> pb.RetryDeadLettersResponse:
+        return await self._control.dead_letters.retry(request, actor)
+
+    @_answered
     async def RecordUsage(self, request: pb.RecordUsageRequest, actor: str) -> pb.RecordUsageResponse:
+        if request.backfill_id:
+            return await self._control.backfills.gather(request, actor)
         return await self._control.usage.record(request, actor)
+
+    @_answered
+    async def CloseBackfill(self, request: pb.BackfillRequest, actor: str) -> pb.Backfill:
+        return await self._control.backfills.close(request, actor)
+
+    @_answered
+    async def RevertBackfill(self, request: pb.BackfillRequest, actor: str) -> pb.Backfill:
+        backfill = await self._control.backfills.revert(request, actor)
+        self._control.pusher.wake()
+        return backfill
 
     @_answered
     async def Explain(self, request: pb.ExplainRequest, actor: str) -> pb.Explanation:
@@ -152,20 +178,27 @@ class LedgerAdmin(LedgerAdminServicer):
         report = await self._control.reconciler.verify(request.customer, repair=request.repair, actor=actor)
         return _report_message(report)
 
-    async def PreviewRerate(
-        self, request: pb.RerateRequest, context: Context[pb.RerateRequest, pb.RerateReport]
-    ) -> pb.RerateReport:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "re-rating is not supported yet")
+    @_answered
+    async def PreviewRerate(self, request: pb.RerateRequest, actor: str) -> pb.RerateReport:
+        return await self._control.rerates.preview(request)
 
-    async def Rerate(
-        self, request: pb.RerateRequest, context: Context[pb.RerateRequest, pb.RerateReport]
-    ) -> pb.RerateReport:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "re-rating is not supported yet")
+    @_answered
+    async def Rerate(self, request: pb.RerateRequest, actor: str) -> pb.RerateReport:
+        report = await self._control.rerates.rerate(request, actor)
+        self._control.pusher.wake()
+        return report
 
-    async def GetInvoice(
-        self, request: pb.GetInvoiceRequest, context: Context[pb.GetInvoiceRequest, pb.Invoice]
-    ) -> pb.Invoice:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "invoices are not supported yet")
+    @_answered
+    async def GetInvoice(self, request: pb.GetInvoiceRequest, actor: str) -> pb.Invoice:
+        return await self._control.invoices.get(request)
+
+    @_answered
+    async def ListInvoices(self, request: pb.ListRequest, actor: str) -> pb.ListInvoicesResponse:
+        return await self._control.invoices.list(page_of(request, after=(str,), customer=True, times=True))
+
+    @_answered
+    async def VoidInvoice(self, request: pb.VoidInvoiceRequest, actor: str) -> pb.Invoice:
+        return await self._control.invoices.void(request, actor)
 
 
 def _report_message(report: Report) -> pb.VerifyReport:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
-
-import msgspec
 
 from entitlement.catalog import Catalogs, Feature, Kind, RateCard, Snapshot
 from entitlement.errors import InvalidArgument
 from entitlement.identity import check_id
 from entitlement.rating import Rate
 from entitlement.v1 import ledger_pb2 as pb
-from ledger_sync import changes
+from ledger_sync import changes, overrides, rate_cards
 from ledger_sync.catalog_messages import card_message, checked_feature, checked_rates, feature_message
+from ledger_sync.contracts import DERIVED
 from ledger_sync.refusals import FailedPrecondition
 from ledger_sync.translate import Page, page_token, to_ms
 
@@ -35,7 +33,7 @@ class CatalogStore:
         """Creates a feature or changes its unit, shadow mode or value. What it is (`kind`) stays for ever."""
         feature = checked_feature(message)
         async with self._ledger.transaction() as connection:
-            await _lock_catalog(connection, self._tenant)
+            await rate_cards.lock(connection, self._tenant)
             row = await connection.fetchrow(
                 "SELECT * FROM features WHERE tenant = $1 AND key = $2", self._tenant, feature.key
             )
@@ -47,7 +45,7 @@ class CatalogStore:
                    ON CONFLICT (tenant, key) DO UPDATE SET unit = $4, shadow = $5, value = $6""",
                 *(self._tenant, feature.key, int(feature.kind), feature.unit, feature.shadow, feature.value),
             )
-            await _changed(connection, self._tenant)
+            await rate_cards.count_up(connection, self._tenant)
             detail = f"unit={feature.unit!r} shadow={feature.shadow}"
             await changes.audit(connection, self._tenant, actor, "PutFeature", feature.key, detail)
         return feature_message(feature)
@@ -79,27 +77,27 @@ class CatalogStore:
         """
         check_id("id", message.id)
         check_id("credit_type", message.credit_type)
+        if message.id.startswith(DERIVED):
+            raise InvalidArgument(
+                "id", f"{message.id[:40]!r} begins with {DERIVED!r}, which is for contracts' own rates"
+            )
         if message.version:
             raise InvalidArgument("version", "is set by the server; leave the field out")
         rates = checked_rates(message)
         effective_ms = to_ms("effective_at", message.effective_at) if message.HasField("effective_at") else None
         async with self._ledger.transaction() as connection:
-            await _lock_catalog(connection, self._tenant)
+            await rate_cards.lock(connection, self._tenant)
             await changes.check_features(
                 connection, self._tenant, [(f"rates[{n}].feature", rate.feature) for n, rate in enumerate(rates)]
             )
-            await _refuse_unmetered(connection, self._tenant, rates)
-            versions = await _versions(connection, self._tenant, message.id)
+            await rate_cards.refuse_unmetered(connection, self._tenant, "rates", rates)
+            versions = await rate_cards.versions(connection, self._tenant, message.id)
             if same := _same(versions, rates, message.credit_type, effective_ms):
                 return card_message(same)
             card = await self._next(connection, versions, message, rates, effective_ms)
-            await connection.execute(
-                """INSERT INTO rate_cards (tenant, id, version, effective_ms, credit_type, rates)
-                   VALUES ($1, $2, $3, $4, $5, $6)""",
-                *(self._tenant, card.id, card.version, card.effective_ms, card.credit_type),
-                msgspec.json.encode(rates).decode(),
-            )
-            await _changed(connection, self._tenant)
+            await rate_cards.write(connection, self._tenant, card)
+            await overrides.follow(connection, self._tenant, card)
+            await rate_cards.count_up(connection, self._tenant)
             detail = f"version={card.version} effective_ms={card.effective_ms} rates={len(rates)}"
             await changes.audit(connection, self._tenant, actor, "PutRateCard", card.id, detail)
         return card_message(card)
@@ -129,10 +127,12 @@ class CatalogStore:
         async with self._ledger.transaction(readonly=True) as connection:
             rows = await connection.fetch(
                 """SELECT id, version, effective_ms, credit_type, rates FROM rate_cards
-                   WHERE tenant = $1 AND (id, version) > ($2, $3) ORDER BY id, version LIMIT $4""",
+                   WHERE tenant = $1 AND (id, version) > ($2, $3) AND id NOT LIKE '=%' ORDER BY id, version LIMIT $4""",
                 *(self._tenant, *after, page.size + 1),
             )
-        response = pb.ListRateCardsResponse(rate_cards=[card_message(_card(row)) for row in rows[: page.size]])
+        response = pb.ListRateCardsResponse(
+            rate_cards=[card_message(rate_cards.card_of(row)) for row in rows[: page.size]]
+        )
         if len(rows) > page.size:
             last = rows[page.size - 1]
             response.next_page_token = page_token(last["id"], last["version"])
@@ -153,7 +153,9 @@ class CatalogStore:
                    ORDER BY id, version""",
                 self._tenant,
             )
-        snapshot = Snapshot(self._tenant, generation, tuple(map(_feature, features)), tuple(map(_card, cards)))
+        snapshot = Snapshot(
+            self._tenant, generation, tuple(map(_feature, features)), tuple(map(rate_cards.card_of, cards))
+        )
         return Catalogs(generation, (snapshot,))
 
 
@@ -164,45 +166,11 @@ def _same(versions: list[RateCard], rates: tuple[Rate, ...], credit: str, effect
     return next((card for card in wanted if (card.rates, card.credit_type) == (rates, credit)), None)
 
 
-async def _versions(connection: Connection, tenant: str, card: str) -> list[RateCard]:
-    rows = await connection.fetch(
-        """SELECT id, version, effective_ms, credit_type, rates FROM rate_cards WHERE tenant = $1 AND id = $2
-           ORDER BY version""",
-        *(tenant, card),
-    )
-    return [_card(row) for row in rows]
-
-
-async def _refuse_unmetered(connection: Connection, tenant: str, rates: Iterable[Rate]) -> None:
-    rows = await connection.fetch(
-        "SELECT key FROM features WHERE tenant = $1 AND kind <> $2", *(tenant, int(Kind.METERED))
-    )
-    unmetered = {row["key"] for row in rows}
-    for index, rate in enumerate(rates):
-        if rate.feature in unmetered:
-            raise InvalidArgument(f"rates[{index}].feature", f"{rate.feature!r} is not METERED: it cannot have a price")
-
-
-async def _lock_catalog(connection: Connection, tenant: str) -> None:
-    """Puts of one tenant happen one after the other."""
-    await connection.execute("INSERT INTO catalogs (tenant, generation) VALUES ($1, 0) ON CONFLICT DO NOTHING", tenant)
-    await connection.execute("SELECT 1 FROM catalogs WHERE tenant = $1 FOR UPDATE", tenant)
-
-
 async def _generation(connection: Connection, tenant: str) -> int:
     query = "SELECT coalesce(max(generation), 0) FROM catalogs WHERE tenant = $1"
     generation: int = await connection.fetchval(query, tenant)
     return generation
 
 
-async def _changed(connection: Connection, tenant: str) -> None:
-    await connection.execute("UPDATE catalogs SET generation = generation + 1 WHERE tenant = $1", tenant)
-
-
 def _feature(row: Row) -> Feature:
     return Feature(row["key"], Kind(row["kind"]), row["unit"], row["shadow"], row["value"])
-
-
-def _card(row: Row) -> RateCard:
-    rates = msgspec.json.decode(row["rates"], type=tuple[Rate, ...])
-    return RateCard(row["id"], row["version"], row["effective_ms"], row["credit_type"], rates)

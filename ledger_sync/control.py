@@ -9,15 +9,24 @@ import structlog
 
 from entitlement.decision import Limits
 from entitlement.errors import Unavailable
+from ledger_sync.allotments import Allotments
+from ledger_sync.backfill import Backfills
 from ledger_sync.catalog_publisher import CatalogPublisher
 from ledger_sync.catalogs import CatalogStore
+from ledger_sync.contract_store import ContractStore
 from ledger_sync.customers import CustomerStore
+from ledger_sync.dead_letters import DeadLetterStore
+from ledger_sync.expiry import Expiry
 from ledger_sync.grants import GrantStore
 from ledger_sync.hot_store import HotStore
 from ledger_sync.install import Installer, Settled
+from ledger_sync.invoices import InvoiceStore
+from ledger_sync.page_turns import PageTurner
 from ledger_sync.pusher import Pusher
 from ledger_sync.reconcile import Reconciler
+from ledger_sync.rerate import Rerates
 from ledger_sync.sweep import Chore, Sweeper
+from ledger_sync.top_ups import TopUps
 from ledger_sync.transactions import TransactionStore
 from ledger_sync.usage import UsageRecorder
 
@@ -39,22 +48,36 @@ class ControlPlane:
         self, ledger: Ledger, hot: HotStore, settled: Settled, tenant: str, limits: Limits | None = None
     ) -> None:
         self._ledger = ledger
+        self._settled = settled
         self.tenant = tenant
         self.hot = hot
         self.installer = Installer(ledger, hot, settled)
         self.pusher = Pusher(ledger, hot, self.installer)
         self.catalogs = CatalogStore(ledger, tenant)
         self.publisher = CatalogPublisher(self.catalogs, hot)
-        self.customers = CustomerStore(ledger, tenant, hot.partitions)
+        self.customers = CustomerStore(ledger, tenant)
+        self.contracts = ContractStore(ledger, tenant, hot.partitions)
         self.grants = GrantStore(ledger, tenant)
+        self.invoices = InvoiceStore(ledger, tenant)
+        self.pages = PageTurner(ledger, tenant, hot.now_ms, self.pusher.wake)
         self.transactions = TransactionStore(ledger, tenant)
         self.usage = UsageRecorder(ledger, hot, self.catalogs, settled, tenant, limits)
+        self.backfills = Backfills(ledger, hot, self.usage, tenant)
+        self.rerates = Rerates(ledger, hot, self.catalogs, tenant)
+        self.dead_letters = DeadLetterStore(ledger, tenant)
         self.reconciler = Reconciler(ledger, hot, self.pusher, tenant)
         self.sweeper = Sweeper(ledger, self._chores())
 
     def _chores(self) -> dict[str, Chore]:
         """What becomes due by the clock, in the order in which it is tended."""
-        return {}
+        return {
+            "contracts": self.contracts,
+            "expiry": Expiry(self._ledger, self.hot, self._settled),
+            "allotments": Allotments(self._ledger),
+            "pages": self.pages,
+            "invoices": self.invoices,
+            "top_ups": TopUps(self._ledger, self.pusher.wake),
+        }
 
     async def run(self) -> None:
         """Installs, pushes and publishes until it is cancelled: the one of a deployment that does, by lease. Raises

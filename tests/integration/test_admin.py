@@ -313,7 +313,7 @@ class TestContracts:
             ({"customer": "a b"}, INVALID, "customer: 'a b' has a character"),
             ({"customer": "nobody"}, MISSING, "customer: 'nobody' is unknown"),
             ({"rate_card": "nope"}, INVALID, "rate_card: 'nope' does not exist"),
-            ({"id": "second"}, NOT_YET, "id: the customer has the contract 'contract-bob'"),
+            ({"id": "second"}, NOT_YET, "effective_at: the contract 'contract-bob' is active then; it has no end"),
             ({"customer": "eve"}, INVALID, "customer: contract 'contract-bob' is another customer's"),
             ({"billing": 7}, INVALID, "billing: 7 is unknown"),
             ({"gate_percent": -1}, INVALID, "gate_percent: -1 is outside 0..1000"),
@@ -328,21 +328,13 @@ class TestContracts:
             (
                 {"effective_at": Timestamp(seconds=4_000_000_000)},
                 INVALID,
-                "effective_at: lies in the future, which is not",
+                "effective_at: lies in the future, and the contract is in force",
             ),
-            (
-                {"ends_at": Timestamp(seconds=4_000_000_000)},
-                INVALID,
-                "ends_at: a contract that ends is not supported yet",
-            ),
-            ({"seats": 3}, INVALID, "seats: an allotment for each seat is not supported yet"),
-            ({"allowance_per_seat_nanos": 3}, INVALID, "allowance_per_seat_nanos: "),
-            ({"minimum_commit_nanos": 3}, INVALID, "minimum_commit_nanos: a minimum commitment is not supported yet"),
-            (
-                {"overrides": [pb.Rate(feature="input.tokens")]},
-                INVALID,
-                "overrides: a rate of the contract's own is not",
-            ),
+            ({"ends_at": Timestamp(seconds=4_000)}, INVALID, "ends_at: is not later than effective_at"),
+            ({"seats": -3}, INVALID, "seats: -3 is outside"),
+            ({"allowance_per_seat_nanos": -3}, INVALID, "allowance_per_seat_nanos: "),
+            ({"minimum_commit_nanos": -3}, INVALID, "minimum_commit_nanos: -3 is outside"),
+            ({"overrides": [pb.Rate(feature="input.tokens")]}, INVALID, "overrides[0].tiers: has 0 tiers"),
             (
                 {"failure_policy": pb.FailurePolicy(action=pb.FailurePolicy.CONTINUE)},
                 INVALID,
@@ -708,13 +700,3 @@ class TestExplain:
             assert code is MISSING
         code, text = await refusal(shop.stub.Explain(pb.ExplainRequest()))
         assert (code, text[:25]) == (INVALID, "idempotency_key: is empty")
-
-
-async def test_what_comes_later_says_so(admin: Rig) -> None:
-    for call in (
-        admin.stub.PreviewRerate(pb.RerateRequest()),
-        admin.stub.Rerate(pb.RerateRequest()),
-        admin.stub.GetInvoice(pb.GetInvoiceRequest()),
-    ):
-        code, text = await refusal(call)
-        assert code is grpc.StatusCode.UNIMPLEMENTED and "not supported yet" in text
