@@ -12,6 +12,7 @@ from entitlement.rating import Rate
 from entitlement.v1 import ledger_pb2 as pb
 from ledger_sync import announcements, changes
 from ledger_sync.changes import Entry, Locked, Transaction
+from ledger_sync.contracts import plan_of
 from ledger_sync.invoice_lines import Facts, Part, Priced, Span, Usage, assemble, event_of, first_id, next_id
 from ledger_sync.translate import to_timestamp
 
@@ -39,15 +40,19 @@ ORDER BY n.period_start, i.period_start DESC, i.created_at DESC"""
 
 _PRICED: Final = """
 SELECT n.period_start, c.version, c.rates
-FROM unnest($3::bigint[], $4::bigint[]) AS n (period_start, until_ms) CROSS JOIN LATERAL (
+FROM unnest($2::bigint[], $3::bigint[], $4::text[]) AS n (period_start, until_ms, plan) CROSS JOIN LATERAL (
     SELECT version, rates::text AS rates FROM rate_cards
-    WHERE tenant = $1 AND id = $2 AND effective_ms < n.until_ms ORDER BY effective_ms DESC, version DESC LIMIT 1) c"""
+    WHERE tenant = $1 AND id = n.plan AND effective_ms < n.until_ms
+    ORDER BY effective_ms DESC, version DESC LIMIT 1) c"""
 
-# The last contract that was in force for some of the period [$3, $4).
-_CONTRACT: Final = """
-SELECT body FROM contracts
-WHERE tenant = $1 AND customer = $2 AND state <> 0 AND effective_ms < $4 AND (ends_ms = 0 OR ends_ms > $3)
-ORDER BY effective_ms DESC LIMIT 1"""
+# The last contract that was in force for some of each period [$3, $4).
+_CONTRACTS: Final = """
+SELECT n.period_start, c.body
+FROM unnest($3::bigint[], $4::bigint[]) AS n (period_start, until_ms) CROSS JOIN LATERAL (
+    SELECT body FROM contracts
+    WHERE tenant = $1 AND customer = $2 AND state <> 0 AND effective_ms < n.until_ms
+          AND (ends_ms = 0 OR ends_ms > n.period_start)
+    ORDER BY effective_ms DESC LIMIT 1) c"""
 
 _INSERT: Final = """
 INSERT INTO invoices (tenant, id, customer, status, period_start, period_end, body, parts)
@@ -81,28 +86,40 @@ async def read_facts(
     overage: int,
     after: int = NONE_BEFORE,
 ) -> Facts:
-    """What no final invoice has taken of the periods from `after` (without it) to the span's own. Prices and contract
-    are those in force just before `until_ms`; of an earlier period, prices at its end.
+    """What no final invoice has taken of the periods from `after` (without it) to the span's own. Contract and prices
+    are those in force just before `until_ms`; of an earlier period, just before its end.
     """
     rows = await connection.fetch(_OPEN, tenant, customer, span.start, after)
     usage = [Usage(Part(*(row[index] for index in range(4))), row["whole"]) for row in rows]
     starts = sorted({item.part.period_start for item in usage})
     adjusted = await connection.fetch(_ADJUSTED, tenant, customer, [start for start in starts if start != span.start])
     ends = {row["period_start"]: row["period_end"] for row in adjusted}
+    until = {start: ends.get(start) or until_ms for start in (*starts, span.start)}
+    contracts = await _contracts(connection, tenant, customer, until)
+    plans = {start: plan_of(contracts[start]) if start in contracts else config.plan for start in until}
     return Facts(
         customer=customer,
         credit_type=config.credit_type,
         span=span,
         usage=usage,
         overage=overage,
-        minimum=await minimum_commit(connection, tenant, customer, Span(span.start, until_ms)),
-        priced=await _priced(connection, tenant, config.plan, {start: ends.get(start) or until_ms for start in starts}),
+        minimum=contracts[span.start].minimum_commit_nanos if span.start in contracts else 0,
+        priced=await _priced(connection, tenant, until, plans),
         adjusted={row["period_start"]: row["id"] for row in adjusted},
     )
 
 
-async def _priced(connection: Connection, tenant: str, plan: str, until: Mapping[int, int]) -> dict[int, Priced]:
-    rows = await connection.fetch(_PRICED, tenant, plan, list(until), list(until.values()))
+async def _contracts(
+    connection: Connection, tenant: str, customer: str, until: Mapping[int, int]
+) -> dict[int, pb.Contract]:
+    rows = await connection.fetch(_CONTRACTS, tenant, customer, list(until), list(until.values()))
+    return {row["period_start"]: pb.Contract.FromString(row["body"]) for row in rows}
+
+
+async def _priced(
+    connection: Connection, tenant: str, until: Mapping[int, int], plans: Mapping[int, str]
+) -> dict[int, Priced]:
+    rows = await connection.fetch(_PRICED, tenant, list(until), list(until.values()), [plans[start] for start in until])
     return {
         row["period_start"]: Priced(row["version"], msgspec.json.decode(row["rates"], type=tuple[Rate, ...]))
         for row in rows
@@ -111,8 +128,8 @@ async def _priced(connection: Connection, tenant: str, plan: str, until: Mapping
 
 async def minimum_commit(connection: Connection, tenant: str, customer: str, span: Span) -> int:
     """Nanos that the contract of a period commits to; 0: none."""
-    body: bytes | None = await connection.fetchval(_CONTRACT, tenant, customer, span.start, span.end)
-    return pb.Contract.FromString(body).minimum_commit_nanos if body else 0
+    contracts = await _contracts(connection, tenant, customer, {span.start: span.end})
+    return contracts[span.start].minimum_commit_nanos if contracts else 0
 
 
 async def finalize(connection: Connection, account: Locked, facts: Facts, replaces: str = "") -> pb.Invoice:

@@ -12,14 +12,15 @@ import msgspec
 import structlog
 
 from entitlement.account import Billing, Config
-from entitlement.errors import EntitlementError, InvalidArgument
+from entitlement.errors import InvalidArgument
 from entitlement.identity import check_id
 from entitlement.periods import period
 from entitlement.v1 import ledger_pb2 as pb
 from ledger_sync import announcements, changes, invoice_rows
 from ledger_sync.changes import Locked
 from ledger_sync.invoice_lines import Part, Span, assemble
-from ledger_sync.refusals import FailedPrecondition, NotFound
+from ledger_sync.ledger import LedgerRefused
+from ledger_sync.refusals import FailedPrecondition, NotFound, Refusal
 from ledger_sync.translate import Page, check_text, page_token, to_ms
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ class InvoiceStore:
         for row in ended:
             try:
                 done += await self._close(row["customer"])
-            except EntitlementError as error:  # The others do not wait for it.
+            except (InvalidArgument, Refusal, LedgerRefused) as error:  # The others do not wait for it.
                 log.warning("invoice_not_made", customer=row["customer"], error=str(error))
         return done > 0
 

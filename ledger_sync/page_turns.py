@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from entitlement.errors import EntitlementError
 from ledger_sync import hot_deltas
+from ledger_sync.ledger import LedgerRefused
+from ledger_sync.refusals import Refusal
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Ledger
@@ -50,7 +51,7 @@ class PageTurner:
         for customer in due:
             try:
                 decided += await self._turn(customer, now_ms)
-            except EntitlementError as error:  # The others do not wait for it.
+            except (Refusal, LedgerRefused) as error:  # The others do not wait for it.
                 log.warning("page_not_turned", customer=customer, error=str(error))
         if decided:
             self._wake()
