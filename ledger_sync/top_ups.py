@@ -30,7 +30,8 @@ from ledger_sync.refusals import Refusal
 if TYPE_CHECKING:
     from ledger_sync.ledger import Connection, Ledger, Row
 
-BATCH: Final = 200  # customers in one round
+BATCH: Final = 200  # customers who buy in one round
+PAGE: Final = 10_000  # rules that are looked at in one round, which takes some 50 ms
 ASK_AGAIN_MS: Final = DAY
 ACTOR: Final = "top-up"  # in the audit log
 
@@ -65,11 +66,11 @@ class Step(msgspec.Struct, frozen=True):
     ask: bool
 
 
-# By index, customer by customer; those that stand below their bound.
+# Of the contracts that {rules} selects, those whose account stands below the bound. By index, one after the other.
 _STANDING: Final = """
 SELECT c.tenant, c.customer, c.body, (s.credit - a.overage - a.held)::text AS available, m.spent::text AS spent,
        t.no, t.grant_id, t.amount, t.decided_ms, t.answered
-FROM contracts c
+FROM ({rules}) c
      JOIN customers k ON k.tenant = c.tenant AND k.id = c.customer AND k.status = 1
      JOIN accounts a ON a.tenant = c.tenant AND a.customer = c.customer
      CROSS JOIN LATERAL (
@@ -83,10 +84,16 @@ FROM contracts c
          SELECT u.no, u.grant_id, u.amount, u.decided_ms,
                 EXISTS (SELECT FROM grants g WHERE g.tenant = u.tenant AND g.id = u.grant_id) AS answered
          FROM top_ups u WHERE u.tenant = c.tenant AND u.customer = c.customer ORDER BY u.no DESC LIMIT 1) t ON true
-WHERE c.state = 1 AND c.top_up_below IS NOT NULL AND s.credit - a.overage - a.held < c.top_up_below"""
+WHERE s.credit - a.overage - a.held < c.top_up_below"""
 
-_LOW: Final = f"{_STANDING} AND (c.tenant, c.customer) > ($3, $4) ORDER BY c.tenant, c.customer LIMIT $5"
-_ONE: Final = f"{_STANDING} AND c.tenant = $3 AND c.customer = $4"
+_RULES: Final = (
+    "SELECT tenant, customer, body, top_up_below FROM contracts WHERE state = 1 AND top_up_below IS NOT NULL"
+)
+_PAGE: Final = f"{_RULES} AND (tenant, customer) > ($3, $4) ORDER BY tenant, customer LIMIT $5"
+_LOW: Final = f"{_STANDING.format(rules=_PAGE)} ORDER BY c.tenant, c.customer"
+_ONE: Final = _STANDING.format(rules=f"{_RULES} AND tenant = $3 AND customer = $4")
+
+_LAST: Final = f"{_RULES} AND (tenant, customer) > ($1, $2) ORDER BY tenant, customer OFFSET $3 LIMIT 1"
 
 _DECIDED: Final = """
 INSERT INTO top_ups (tenant, customer, no, grant_id, amount, decided_ms) VALUES ($1, $2, $3, $4, $5, $6)
@@ -94,7 +101,9 @@ ON CONFLICT (tenant, customer, no) DO UPDATE SET decided_ms = excluded.decided_m
 
 
 class TopUps:
-    """The chore that looks at every customer with a rule. `on_created` after a grant: its account has changed."""
+    """The chore that looks at every customer with a rule, page by page and round after round. `on_created` after a
+    grant: its account has changed.
+    """
 
     def __init__(self, ledger: Ledger, on_created: Callable[[], None]) -> None:
         self._ledger = ledger
@@ -103,15 +112,20 @@ class TopUps:
         self._refused: set[Name] = set()  # and logged
 
     async def tend(self, now_ms: int) -> bool:
-        """The next customers that stand below their bound. More at once: others may, or these still do."""
+        """The next page's customers that stand below their bound. There may be more at once when one has bought: it may
+        still stand there. Other pages wait for the next sweep, so that looking costs little however many there are.
+        """
         month_ms = month_of(now_ms)
         async with self._ledger.transaction(readonly=True) as connection:
-            rows = await connection.fetch(_LOW, now_ms, month_ms, *self._after, BATCH)
-        names = [(row["tenant"], row["customer"]) for row in rows if next_step(_standing(row, month_ms), now_ms)]
-        done = [await self._top_up(name) for name in names]
-        more = len(rows) == BATCH
-        self._after = (rows[-1]["tenant"], rows[-1]["customer"]) if more else ("", "")
-        return more or any(done)
+            last = await connection.fetchrow(_LAST, *self._after, PAGE - 1)
+            rows = await connection.fetch(_LOW, now_ms, month_ms, *self._after, PAGE)
+        low = [(row["tenant"], row["customer"]) for row in rows if next_step(_standing(row, month_ms), now_ms)]
+        done = [await self._top_up(name) for name in low[:BATCH]]
+        if len(low) > BATCH:
+            self._after = low[BATCH - 1]
+            return True
+        self._after = (last["tenant"], last["customer"]) if last else ("", "")
+        return any(done)
 
     async def _top_up(self, name: Name) -> bool:
         """Decides anew, now under the account's lock, and carries it out in the same transaction."""

@@ -16,10 +16,11 @@ from entitlement.periods import DAY, HOUR, days_from_civil
 from entitlement.request import parse_consume
 from entitlement.v1 import events_pb2, gateway_pb2
 from entitlement.v1 import ledger_pb2 as pb
+from ledger_sync import top_ups
 from ledger_sync.announcements import TOP_UP_CREATED, TOP_UP_REQUESTED
 from ledger_sync.hot_store import CONNECTIONS
 from ledger_sync.pricing import PriceList
-from ledger_sync.top_ups import BATCH, Standing, Step, TopUp, TopUps, grant_id, next_step
+from ledger_sync.top_ups import Standing, Step, TopUp, TopUps, grant_id, next_step
 from tests.control_rig import TENANT, USD, Rig, eventually, refusal, rig
 from tests.virtual_clock import Clock, clocked_rig
 
@@ -291,10 +292,11 @@ async def idle(made: Rig, below: int, most: int) -> bool:
     return int(str(left)) >= below or len(await bought(made)) >= most
 
 
-async def test_every_customer_of_many_has_its_turn(busy: Rig) -> None:
-    """More than one round takes, half of them waiting for an answer all the while."""
-    await busy.customer("a")
-    names = [f"c-{number:04}" for number in range(BATCH * 2 + 10)]
+async def test_every_customer_of_many_has_its_turn(busy: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On several pages, half of them waiting for an answer all the while."""
+    monkeypatch.setattr(top_ups, "PAGE", 100)
+    monkeypatch.setattr(top_ups, "BATCH", 7)
+    names = [f"c-{number:04}" for number in range(230)]
     for first in range(0, len(names), 50):
         await asyncio.gather(*(busy.stub.PutCustomer(pb.Customer(id=name)) for name in names[first : first + 50]))
         await asyncio.gather(
