@@ -33,7 +33,7 @@ from ledger_sync.rebooking import Booked, Correction, Cycle, Purse
 if TYPE_CHECKING:
     from ledger_sync.ledger import Connection, Ledger, Row
 
-CHUNK: Final = 2_000  # events in one transaction: the account is locked for some hundred milliseconds
+CHUNK: Final = 1_000  # events in one transaction: the account is locked for some hundred milliseconds
 LEASE: Final = "corrections"  # of whoever corrects: two at once would count on each other's quantities
 
 # Usage events as they are booked now. $1 tenant, $2 cause: whether an event has been corrected for it.

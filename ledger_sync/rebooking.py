@@ -124,8 +124,8 @@ class Cycle(msgspec.Struct):
                         self.grants[burn.grant] = self.grants.get(burn.grant, 0) - sign * burn.amount
         for before, after in zip(was.lines, now.lines, strict=True):
             if before.quantity != after.quantity:
-                units = after.quantity - before.quantity
-                self.used.append(hot_deltas.Used(hot_deltas.feature_of(before.meter), units, was.recorded_ms))
+                units, at_ms = after.quantity - before.quantity, min(was.event_ms, was.recorded_ms)
+                self.used.append(hot_deltas.Used(hot_deltas.feature_of(before.meter), units, at_ms))
 
     def change(self) -> hot_deltas.Change:
         return hot_deltas.Change(

@@ -658,8 +658,10 @@ class TestUsage:
         long_ago = await shop.hot.now_ms() - 400 * DAY
         for number in range(10):
             batch = [event(f"b{number}-{n}", 1, customer="amy", ms=long_ago + n) for n in range(3)]
-            response = await shop.stub.RecordUsage(pb.RecordUsageRequest(events=batch, backfill_id="import-1"))
+            name = f"import-{number}"
+            response = await shop.stub.RecordUsage(pb.RecordUsageRequest(events=batch, backfill_id=name))
             assert response.recorded == 3
+            assert (await shop.stub.CloseBackfill(pb.BackfillRequest(id=name))).recorded == 3
             if number % 3 == 0:  # An install in between does not bring old meters along: they are brought back.
                 await shop.hot.drop((TENANT, "amy"))
         assert await shop.value("SELECT sum(amount)::bigint FROM usage_events") == 10

@@ -329,6 +329,9 @@ async def test_usage_that_did_not_pass_the_gateway_is_recorded_once_and_may_over
     assert late.idempotency_key in await at.booked(customer)  # It was in the ledger when the call returned.
     backfill = ledger_pb2.RecordUsageRequest(events=[ancient], backfill_id=fresh("backfill"))
     assert (await at.admin.RecordUsage(backfill, timeout=2 * DEADLINE_S)).recorded == 1
+    assert ancient.idempotency_key not in await at.booked(customer)  # It is gathered, no more.
+    whole = ledger_pb2.BackfillRequest(id=backfill.backfill_id)
+    assert (await at.admin.CloseBackfill(whole, timeout=2 * DEADLINE_S)).recorded == 1
 
     booked = await at.booked(customer)
     assert set(booked) >= {late.idempotency_key, ancient.idempotency_key} and len(booked) == 3

@@ -172,9 +172,13 @@ async def test_a_backdated_price_drop(shop: Rig) -> None:
     assert (await verified(shop)).total_nanos == before.total_nanos  # A preview books nothing.
 
     async with traffic(shop, "bob") as allowed:
-        report = await shop.stub.Rerate(order(now_ms))
+        rerating = asyncio.ensure_future(shop.stub.Rerate(order(now_ms)))
+        looked = 0
+        while not rerating.done() or not looked:
+            assert (await shop.stub.Verify(pb.VerifyRequest())).drift_nanos == 0  # Also while it is half done.
+            looked += 1
+        report = await rerating
         assert report == preview
-        await shop.stub.Verify(pb.VerifyRequest())
     assert allowed
     after = await verified(shop)
     live = sum(allowed) * 15_000
@@ -248,6 +252,42 @@ async def test_a_price_rise_burns_what_is_left_and_then_runs_over(shop: Rig) -> 
     await verified(shop)
     account = await shop.account("bob")
     assert ([held.remaining for held in account.grants], account.overage, account.settled) == ([], USD, 10 * USD)
+
+
+async def test_what_a_voided_grant_gets_back_is_breakage(shop: Rig) -> None:
+    now_ms = await shop.hot.now_ms()
+    await customer(shop, "bob", now_ms)
+    await grant(shop, "bob", 10 * USD, now_ms)
+    await record(shop, [usage("bob", "k", 1_000_000, now_ms - DAY)])
+    await shop.stub.VoidGrant(pb.VoidGrantRequest(id=f"bob-{10 * USD}"))
+    await verified(shop)
+    assert await breakage(shop) == 7 * USD
+    await shop.stub.PutRateCard(since(card("llm", {"input.tokens": 2 * USD}), now_ms - 5 * DAY))
+    await shop.stub.Rerate(order(now_ms))
+    await verified(shop)
+    assert (await breakage(shop), await shop.value("SELECT remaining FROM grant_balances")) == (8 * USD, 0)
+    assert (await shop.account("bob")).grants == []
+
+
+async def test_volume_rates_may_come_below_zero(shop: Rig) -> None:
+    now_ms = await shop.hot.now_ms()
+    await customer(shop, "bob", now_ms)
+    await grant(shop, "bob", 10 * USD, now_ms)
+    await record(shop, [usage("bob", f"k{n}", 60, now_ms - DAY + n) for n in range(3)])
+    tiers = [pb.Tier(up_to=100, price_nanos=1_000), pb.Tier(price_nanos=100)]
+    priced = pb.RateCard(id="llm", credit_type="USD")
+    priced.rates.add(feature="input.tokens", model=pb.Rate.VOLUME, per=1, tiers=tiers)
+    await shop.stub.PutRateCard(since(priced, now_ms - 5 * DAY))
+    await shop.stub.Rerate(order(now_ms))
+    assert (await verified(shop)).total_nanos == 180 * 100
+    amounts = [row["amount"] for row in await shop.rows("SELECT amount FROM corrections ORDER BY idempotency_key")]
+    assert amounts == [60_000, 12_000 - 60_000, 6_000]
+    # Taken back to the old price: credit that stood in the overage goes first.
+    await shop.stub.PutRateCard(since(card("llm", {"input.tokens": 3 * USD}), now_ms - 4 * DAY))
+    await shop.stub.Rerate(order(now_ms, key="back"))
+    assert (await verified(shop)).total_nanos == 180 * OLD
+    account = await shop.account("bob")
+    assert (account.overage, account.grants[0].remaining) == (0, 10 * USD - 180 * OLD)
 
 
 async def test_graduated_rates_by_the_order_of_the_journal(shop: Rig) -> None:
