@@ -11,6 +11,7 @@ g   packed, for each grant with something left, in burn order: no remaining(pair
 u:<meter>          text: cumulative units of the current period
 U:<start>:<meter>  text: the same of the period that started at <start>
 q:<feature>        text: limit soft recurrence anchor used window_start window_end
+s:<subject>        text: limit recurrence anchor used window_start window_end (amounts in nanos)
 
 A pair (h, l) is an amount h * 10^9 + l with 0 <= l < 10^9: two doubles that are exact where one would not be.
 """
@@ -132,6 +133,28 @@ class Quota(msgspec.Struct):
         return msgspec.structs.replace(self, used=0, start_ms=start, end_ms=end)
 
 
+class SubjectLimit(msgspec.Struct):
+    """The most that a subject may use in a window, in nanos, and what the window has used."""
+
+    subject: str
+    limit: int
+    recurrence: Recurrence
+    anchor_ms: int = 0
+    used: int = 0
+    start_ms: int = 0
+    end_ms: int = 0
+
+    def encode(self) -> str:
+        return f"{self.limit} {int(self.recurrence)} {self.anchor_ms} {self.used} {self.start_ms} {self.end_ms}"
+
+    def at(self, now_ms: int) -> SubjectLimit:
+        """The limit in the window that holds `now_ms`."""
+        if self.recurrence is Recurrence.NEVER or now_ms < self.end_ms:
+            return self
+        start, end = period(self.recurrence, self.anchor_ms, now_ms)
+        return msgspec.structs.replace(self, used=0, start_ms=start, end_ms=end)
+
+
 class Account(msgspec.Struct):
     """One customer's live state. Amounts are nanos."""
 
@@ -151,6 +174,7 @@ class Account(msgspec.Struct):
     meters: dict[str, int] = {}
     archive: dict[tuple[int, str], int] = {}  # (period start, meter) -> units
     quotas: dict[str, Quota] = {}
+    subjects: dict[str, SubjectLimit] = {}
 
     @property
     def gate(self) -> int:
@@ -191,6 +215,7 @@ class Account(msgspec.Struct):
         fields |= {f"u:{meter}": b"%d" % units for meter, units in self.meters.items()}
         fields |= {f"U:{start}:{meter}": b"%d" % units for (start, meter), units in self.archive.items()}
         fields |= {f"q:{feature}": quota.encode().encode() for feature, quota in self.quotas.items()}
+        fields |= {f"s:{subject}": limit.encode().encode() for subject, limit in self.subjects.items()}
         return fields
 
     def _state(self) -> bytes:
@@ -244,6 +269,9 @@ class Account(msgspec.Struct):
                 account.quotas[rest] = Quota(
                     rest, limit, bool(soft), Recurrence(recurrence), anchor, used, window, resets
                 )
+            elif kind == "s":
+                limit, recurrence, anchor, used, window, resets = map(int, value.split(b" "))
+                account.subjects[rest] = SubjectLimit(rest, limit, Recurrence(recurrence), anchor, used, window, resets)
         return account
 
 

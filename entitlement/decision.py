@@ -61,6 +61,7 @@ class Reason(IntEnum):
     ARREARS_GATE = 8
     PRICE_UNKNOWN = 11
     ACCOUNT_FROZEN = 15
+    SUBJECT_LIMIT_REACHED = 16
 
 
 _VERDICTS = {int(verdict): verdict for verdict in Verdict}
@@ -124,6 +125,7 @@ class Charge(msgspec.Struct, frozen=True, gc=False):
     from_ms: int
     until_ms: int
     prices: tuple[Price, ...]
+    mode: Mode | None = None  # CHECK_ONLY: nothing is counted, whatever the request says
 
 
 class QuotaState(msgspec.Struct, frozen=True, gc=False):
@@ -202,10 +204,11 @@ def consume_keys(request: Consume, partition: int) -> tuple[str, bytes, str]:
 def consume_arguments(request: Consume, charge: Charge, limits: Limits) -> list[str | bytes | int]:
     """ARGV of consume.lua."""
     return [
-        *(fingerprint(request.payload), request.payload, int(request.mode), request.event_ms),
+        *(fingerprint(request.payload), request.payload, int(charge.mode or request.mode), request.event_ms),
         *account_arguments(request.tenant, request.customer, limits),
         *charge_arguments(charge),
         *[line.quantity for line in request.lines],
+        *([request.subject] if request.subject else []),
     ]
 
 

@@ -17,6 +17,7 @@ import msgspec
 from entitlement.errors import InvalidArgument
 from entitlement.quantity import MAX_CUMULATIVE, MAX_FLAT, MAX_NANOS, MAX_PER, MAX_PRICE, within
 
+FREE = "U 0 1"  # the compiled rate of what is not metered: a feature that a customer has or has not
 MAX_TIERS = 20
 
 

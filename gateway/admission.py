@@ -40,6 +40,11 @@ class Admission:
         self._max_in_flight = max_in_flight
         self.in_flight = 0
 
+    @property
+    def values(self) -> Mapping[str, str]:
+        """What STATIC features hand out."""
+        return self._catalog.values
+
     async def admit(self, request: Consume) -> Decision:
         """The decision. What it granted is debited and journaled when this returns; a repeat gets the same answer.
 

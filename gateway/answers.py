@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from entitlement.account import Account, Quota
+from entitlement.account import Account, Quota, SubjectLimit
 from entitlement.decision import Consume, Decision, QuotaState
 from entitlement.v1 import gateway_pb2 as pb
 
@@ -13,9 +15,9 @@ _MORE = [bytes((part & 0x7F | 0x80, part >> 7 | 0x80)) for part in range(1 << 14
 _LAST = [bytes((part,)) if part < 1 << 7 else _MORE[part][:1] + bytes((part >> 7,)) for part in range(1 << 14)]
 
 
-def encode(request: Consume, decision: Decision) -> bytes:
-    """The decision as a serialized CheckAndConsumeResponse."""
-    return _usual(request, decision) or response(request, decision).SerializeToString()
+def encode(request: Consume, decision: Decision, values: Mapping[str, str]) -> bytes:
+    """The decision as a serialized CheckAndConsumeResponse. `values`: what STATIC features hand out."""
+    return _usual(request, decision) or response(request, decision, values).SerializeToString()
 
 
 def join_batch(answers: list[bytes]) -> bytes:
@@ -60,7 +62,7 @@ def _usual(request: Consume, decision: Decision) -> bytes:
     )
 
 
-def response(request: Consume, decision: Decision) -> pb.CheckAndConsumeResponse:
+def response(request: Consume, decision: Decision, values: Mapping[str, str]) -> pb.CheckAndConsumeResponse:
     """The decision as a message, filled field by field: a third of the time that a constructor takes."""
     answer = pb.CheckAndConsumeResponse()
     answer.verdict = decision.verdict  # type: ignore[assignment]
@@ -70,6 +72,8 @@ def response(request: Consume, decision: Decision) -> pb.CheckAndConsumeResponse
         consumed.quantity = charged.quantity
         consumed.amount_nanos = charged.amount
         consumed.rate_card_version = decision.rate_version
+        if line.feature in values:
+            consumed.value = values[line.feature]
     balance = answer.balance
     balance.credit_type = decision.credit_type
     balance.available_nanos = decision.available
@@ -92,7 +96,7 @@ def response(request: Consume, decision: Decision) -> pb.CheckAndConsumeResponse
     return answer
 
 
-def balance_response(account: Account, now_ms: int) -> pb.GetBalanceResponse:
+def balance_response(account: Account, now_ms: int, subject: str = "") -> pb.GetBalanceResponse:
     quotas = [_state(quota.at(now_ms)) for _, quota in sorted(account.quotas.items())]
     balance = pb.Balance(
         credit_type=account.config.credit_type,
@@ -105,7 +109,14 @@ def balance_response(account: Account, now_ms: int) -> pb.GetBalanceResponse:
         epoch=account.epoch,
         sequence=account.sequence,
     )
+    if (limit := account.subjects.get(subject)) is not None:
+        balance.subject.CopyFrom(_limit(limit.at(now_ms)))
     return pb.GetBalanceResponse(balance=balance, as_of=_timestamp(now_ms))
+
+
+def _limit(limit: SubjectLimit) -> pb.SubjectLimit:
+    resets = _timestamp(limit.end_ms) if limit.end_ms else None
+    return pb.SubjectLimit(subject=limit.subject, used_nanos=limit.used, limit_nanos=limit.limit, resets_at=resets)
 
 
 def _state(quota: Quota) -> QuotaState:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from entitlement.catalog import RateCard, Snapshot
-from entitlement.decision import Charge, Consume, Price, Shape, Stale
-from entitlement.rating import most_specific
+from entitlement.catalog import Feature, Kind, RateCard, Snapshot
+from entitlement.decision import Charge, Consume, Mode, Price, Shape, Stale
+from entitlement.rating import FREE, most_specific
 
 MAX_REMEMBERED_CHARGES = 20_000  # distinct shapes of usage lines per rate card version
 MAX_REMEMBERED_PLANS = 200_000  # customers whose plan is remembered
@@ -39,7 +39,10 @@ class _Version:
             if len(self._charges) >= MAX_REMEMBERED_CHARGES:
                 self._charges.clear()
             prices = tuple(self._price(feature, dict(dimensions)) for feature, dimensions in shape)
-            charge = Charge(self._card.id, self._card.version, self.from_ms, self.until_ms, prices)
+            charge = Charge(
+                *(self._card.id, self._card.version, self.from_ms, self.until_ms, prices),
+                _mode(self._features, shape),
+            )
             self._charges[shape] = charge
         return charge
 
@@ -47,6 +50,8 @@ class _Version:
         feature = self._features.get(key)
         if feature is None:
             return Price(key, "!")
+        if feature.kind is not Kind.METERED:
+            return Price(key, FREE, feature.shadow)
         rate = most_specific(self._rates.get(key, ()), dimensions)
         return Price(key, "-", feature.shadow) if rate is None else Price(rate.meter, rate.compiled(), feature.shadow)
 
@@ -63,7 +68,8 @@ class Catalog:
         self._offset_ms = 0
         self._versions: dict[str, tuple[_Version, ...]] = {}
         self._current: dict[str, _Version] = {}
-        self._known: frozenset[str] = frozenset()
+        self._features: dict[str, Feature] = {}
+        self.values: dict[str, str] = {}  # what STATIC features hand out
         self._plans: dict[tuple[str, str], str] = {}
         self._likely = NO_PLAN
 
@@ -74,7 +80,8 @@ class Catalog:
             cards.setdefault(card.id, []).append(card)
         self._versions = {plan: tuple(_compile(versions, snapshot)) for plan, versions in cards.items()}
         self._current = {}
-        self._known = frozenset(feature.key for feature in snapshot.features)
+        self._features = {feature.key: feature for feature in snapshot.features}
+        self.values = {feature.key: feature.value for feature in snapshot.features if feature.kind is Kind.STATIC}
         self.generation = snapshot.generation
         if self._likely not in self._versions:
             self._likely = next(iter(self._versions), NO_PLAN)
@@ -122,8 +129,21 @@ class Catalog:
         """No version is in force: the account decides on everything else and denies for want of a price."""
         at_ms = self._when(event_ms)
         first = next((version.from_ms for version in self._versions.get(plan, ())), 0)
-        prices = tuple(Price(feature, "-" if feature in self._known else "!") for feature, _ in shape)
-        return Charge(plan, 0, 0, first if at_ms < first else 0, prices)
+        prices = tuple(self._without_card(key) for key, _ in shape)
+        until_ms = first if at_ms < first else 0
+        return Charge(plan, 0, 0, until_ms, prices, _mode(self._features, shape))
+
+    def _without_card(self, key: str) -> Price:
+        feature = self._features.get(key)
+        if feature is None:
+            return Price(key, "!")
+        return Price(key, "-" if feature.kind is Kind.METERED else FREE, feature.shadow)
+
+
+def _mode(features: dict[str, Feature], shape: _Shape) -> Mode | None:
+    """Of a call that only asks what a customer has: nothing is counted."""
+    known = [features.get(key) for key, _ in shape]
+    return Mode.CHECK_ONLY if all(feature and feature.kind is not Kind.METERED for feature in known) else None
 
 
 def _compile(versions: list[RateCard], snapshot: Snapshot) -> list[_Version]:

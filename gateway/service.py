@@ -73,7 +73,7 @@ class GatewayService:
     async def check_and_consume(self, data: bytes, context: _Context) -> bytes:
         try:
             consume = read_consume(self._tenant, data)
-            return encode(consume, await self._admission.admit(consume))
+            return encode(consume, await self._admission.admit(consume), self._admission.values)
         except EntitlementError as error:
             await refuse(context, error)
 
@@ -92,8 +92,9 @@ class GatewayService:
         if len(good) < len(parsed):
             found = iter(decided)
             decided = [next(found) if type(consume) is Consume else consume for consume in parsed]  # type: ignore[misc]
+        values = self._admission.values
         return [
-            encode(consume, outcome) if type(outcome) is Decision else _failed(request, outcome)  # type: ignore[arg-type]
+            encode(consume, outcome, values) if type(outcome) is Decision else _failed(request, outcome)  # type: ignore[arg-type]
             for request, consume, outcome in zip(requests, parsed, decided, strict=True)
         ]
 
@@ -124,7 +125,7 @@ class GatewayService:
                 while True:
                     account, now_ms = await self._account(customer)
                     if account.sequence >= request.at_least_sequence:
-                        return balance_response(account, now_ms)
+                        return balance_response(account, now_ms, request.subject)
                     await asyncio.sleep(WATCH_EVERY_S / 10)
         except TimeoutError:
             await context.abort(
@@ -145,7 +146,7 @@ class GatewayService:
                 place = (account.epoch, account.sequence, account.period_start)
                 if place != seen and account.sequence >= request.at_least_sequence:
                     seen = place
-                    yield balance_response(account, now_ms)
+                    yield balance_response(account, now_ms, request.subject)
                 await asyncio.sleep(WATCH_EVERY_S)
         except EntitlementError as error:
             await refuse(context, error)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from entitlement.account import Account, Billing, Config, HotGrant, Quota
+from entitlement.account import Account, Billing, Config, HotGrant, Quota, SubjectLimit
 from entitlement.grants import Grant, burn_key
 from entitlement.periods import period
 from entitlement.quantity import MAX_NANOS
 from ledger_sync import hot_deltas
 from ledger_sync.contracts import QuotaRule
+from ledger_sync.subjects import LimitRule
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Row
@@ -50,6 +51,8 @@ class Ledgered(msgspec.Struct):
     credits: list[Credit] = []
     quotas: list[QuotaRule] = []
     used: dict[str, int] = {}
+    limits: list[LimitRule] = []
+    used_by: dict[str, int] = {}  # of each subject with a limit
     settled: int = 0
     meters: dict[tuple[int, str], int] = {}
     pending: list[hot_deltas.Delta] = []
@@ -100,6 +103,7 @@ def assemble(ledger: Ledgered, now_ms: int) -> tuple[Account, Corrections]:
         meters={meter: units for (at, meter), units in ledger.meters.items() if at == start},
         archive=_archive(ledger.meters, start),
         quotas={rule.feature: _quota(rule, ledger, now_ms) for rule in ledger.quotas},
+        subjects={rule.subject: _limit(rule, ledger, now_ms) for rule in ledger.limits},
     )
     return account, corrections
 
@@ -139,3 +143,10 @@ def _quota(rule: QuotaRule, ledger: Ledgered, now_ms: int) -> Quota:
     start, end = period(rule.recurrence, anchor_ms, now_ms)
     used = ledger.used.get(rule.feature, 0)
     return Quota(rule.feature, rule.limit, rule.soft, rule.recurrence, anchor_ms, used, start, end)
+
+
+def _limit(rule: LimitRule, ledger: Ledgered, now_ms: int) -> SubjectLimit:
+    anchor_ms = ledger.config.anchor_ms
+    start, end = period(rule.recurrence, anchor_ms, now_ms)
+    used = ledger.used_by.get(rule.subject, 0)
+    return SubjectLimit(rule.subject, rule.limit, rule.recurrence, anchor_ms, used, start, end)

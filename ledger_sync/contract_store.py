@@ -24,6 +24,7 @@ from ledger_sync.hot_store import Name
 from ledger_sync.quota_usage import used_now
 from ledger_sync.rated import rfc3339
 from ledger_sync.refusals import FailedPrecondition, NotFound
+from ledger_sync.subjects import limits_of, used_by_subjects
 from ledger_sync.translate import Page, page_token, to_ms
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 SCHEDULED, IN_FORCE, ENDED = 0, 1, 2  # contracts.state
 BATCH: Final = 200  # customers in one round
+
+_SUBJECTS: Final = "SELECT subjects FROM customers WHERE tenant = $1 AND id = $2"
 
 
 class Standing(msgspec.Struct, frozen=True):
@@ -292,8 +295,8 @@ async def _reconfigure(
     contract: pb.Contract,
     before: pb.Contract | None,
 ) -> None:
-    """Makes the account what a contract in force says. A quota that is new, or counts by another window, starts with
-    what its window has used so far.
+    """Makes the account what a contract in force says. A quota or subject's limit that is new, or counts by another
+    window, starts with what its window has used so far.
     """
     was = account.config
     _check_credit(was, config)
@@ -303,8 +306,16 @@ async def _reconfigure(
         rule for rule in quotas_of(contract.SerializeToString()) if (rule.feature, int(rule.recurrence)) not in rules
     ]
     used = await used_now(connection, account.tenant, account.customer, config, fresh, account.now_ms)
+    if was.anchor_ms == config.anchor_ms:
+        by_subject = {}
+    else:
+        limits = limits_of(await connection.fetchval(_SUBJECTS, account.tenant, account.customer))
+        by_subject = await used_by_subjects(
+            *(connection, account.tenant, account.customer, config.anchor_ms, limits, account.now_ms)
+        )
     change = hot_deltas.Change(
         config=config,
+        subjects=tuple(hot_deltas.UsedBySubject(name, nanos, account.now_ms) for name, nanos in by_subject.items()),
         used=tuple(hot_deltas.Used(feature, units, account.now_ms) for feature, units in used.items() if units),
     )
     await hot_deltas.decide(connection, account.tenant, account.customer, change)

@@ -13,7 +13,15 @@ from entitlement.v1 import ledger_pb2 as pb
 from ledger_sync import changes, hot_deltas
 from ledger_sync.contract_store import in_force
 from ledger_sync.contracts import status_of
-from ledger_sync.translate import Page, check_known, check_text, page_token, unsupported
+from ledger_sync.subjects import (
+    LimitRule,
+    Subject,
+    checked_subject,
+    subject_message,
+    subjects_of,
+    used_by_subjects,
+)
+from ledger_sync.translate import Page, check_known, check_text, page_token
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Connection, Ledger, Row
@@ -21,12 +29,6 @@ if TYPE_CHECKING:
 MAX_SUBJECTS: Final = 1_000
 
 _STATUSES = (pb.Customer.ACTIVE, pb.Customer.SUSPENDED, pb.Customer.CLOSED)
-
-
-class Subject(msgspec.Struct, frozen=True):
-    """A key, user or workspace under a customer, as it lies in the ledger."""
-
-    id: str
 
 
 class CustomerStore:
@@ -39,7 +41,7 @@ class CustomerStore:
     async def put_customer(self, message: pb.Customer, actor: str) -> pb.Customer:
         """Creates a customer or replaces its name, status and subjects. Status ACTIVE when left out."""
         customer = checked_customer(message)
-        subjects = [Subject(subject.id) for subject in customer.subjects]
+        subjects = [checked_subject("subject", subject) for subject in customer.subjects]
         async with self._ledger.transaction() as connection:
             row = await self._customer(connection, customer.id)
             if row and _customer_message(row) == customer:
@@ -49,13 +51,16 @@ class CustomerStore:
                    ON CONFLICT (tenant, id) DO UPDATE SET name = $3, status = $4, subjects = $5""",
                 *(self._tenant, customer.id, customer.name, customer.status, msgspec.json.encode(subjects).decode()),
             )
-            if row and row["status"] != customer.status:
-                await self._restatus(connection, customer)
+            if row and (row["status"], subjects_of(row["subjects"])) != (customer.status, subjects):
+                await self._change_account(connection, customer, subjects_of(row["subjects"]), subjects)
             detail = f"status={pb.Customer.Status.Name(customer.status)} subjects={len(subjects)}"
             await changes.audit(connection, self._tenant, actor, "PutCustomer", customer.id, detail)
         return customer
 
-    async def _restatus(self, connection: Connection, customer: pb.Customer) -> None:
+    async def _change_account(
+        self, connection: Connection, customer: pb.Customer, before: list[Subject], now: list[Subject]
+    ) -> None:
+        """A limit that is new, or counts by another window, starts with what its window has used so far."""
         config = await connection.fetchval(
             "SELECT config FROM accounts WHERE tenant = $1 AND customer = $2 FOR UPDATE", self._tenant, customer.id
         )
@@ -65,7 +70,19 @@ class CustomerStore:
         if status is Status.ACTIVE and not await in_force(connection, self._tenant, customer.id):
             status = Status.SUSPENDED
         changed = msgspec.structs.replace(Config.decode(config), status=status)
-        await hot_deltas.decide(connection, self._tenant, customer.id, hot_deltas.Change(config=changed))
+        counted = {(subject.id, subject.period) for subject in before if subject.limit}
+        fresh = [
+            LimitRule(subject.id, subject.limit, subject.period)
+            for subject in now
+            if subject.limit and (subject.id, subject.period) not in counted
+        ]
+        now_ms = await changes.now_ms(connection)
+        used = await used_by_subjects(connection, self._tenant, customer.id, changed.anchor_ms, fresh, now_ms)
+        change = hot_deltas.Change(
+            config=changed,
+            subjects=tuple(hot_deltas.UsedBySubject(subject, nanos, now_ms) for subject, nanos in used.items()),
+        )
+        await hot_deltas.decide(connection, self._tenant, customer.id, change)
 
     async def list_customers(self, page: Page) -> pb.ListCustomersResponse:
         """By id."""
@@ -92,25 +109,21 @@ def checked_customer(message: pb.Customer) -> pb.Customer:
     check_text("name", message.name)
     if len(message.subjects) > MAX_SUBJECTS:
         raise InvalidArgument("subjects", f"has {len(message.subjects)} subjects; expected at most {MAX_SUBJECTS}")
-    for index, subject in enumerate(message.subjects):
-        check_id(f"subjects[{index}].id", subject.id)
-        if subject.limit_nanos or subject.period:
-            raise unsupported(
-                f"subjects[{index}].{'limit_nanos' if subject.limit_nanos else 'period'}", "a subject's limit"
-            )
+    subjects = [checked_subject(f"subjects[{index}]", subject) for index, subject in enumerate(message.subjects)]
     if len({subject.id for subject in message.subjects}) != len(message.subjects):
         raise InvalidArgument("subjects", "names a subject twice")
     customer = pb.Customer()
     customer.CopyFrom(message)
+    del customer.subjects[:]
+    customer.subjects.extend(map(subject_message, subjects))
     customer.status = check_known("status", message.status or pb.Customer.ACTIVE, _STATUSES)  # type: ignore[assignment]
     return customer
 
 
 def _customer_message(row: Row) -> pb.Customer:
-    subjects = msgspec.json.decode(row["subjects"], type=list[Subject])
     return pb.Customer(
         id=row["id"],
         name=row["name"],
         status=row["status"],
-        subjects=[pb.Subject(id=subject.id) for subject in subjects],
+        subjects=map(subject_message, subjects_of(row["subjects"])),
     )

@@ -17,6 +17,7 @@ from entitlement.journal import OVERAGE, Consumed
 from entitlement.periods import Recurrence, period
 from ledger_sync.contracts import quotas_of
 from ledger_sync.refusals import NotFound
+from ledger_sync.subjects import LimitRule, limits_of
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Connection, Row
@@ -51,6 +52,19 @@ class QuotaLine(msgspec.Struct, frozen=True):
         return f"{self.feature} {self.limit} {int(self.soft)} {int(self.recurrence)} {self.anchor_ms} {self.used};"
 
 
+class SubjectLine(msgspec.Struct, frozen=True):
+    """A subject's limit that shall exist, in nanos; `used` is added to what its window has used."""
+
+    subject: str
+    limit: int
+    recurrence: Recurrence
+    anchor_ms: int
+    used: int = 0
+
+    def encode(self) -> str:
+        return f"{self.subject} {self.limit} {int(self.recurrence)} {self.anchor_ms} {self.used};"
+
+
 class Delta(msgspec.Struct, frozen=True):
     """One ledger change as apply_delta.lua takes it. Adjustments are signed nanos, of meters and quotas units.
 
@@ -68,6 +82,7 @@ class Delta(msgspec.Struct, frozen=True):
     cycle: int = 0
     line: int = 0
     turned: bool = False
+    subjects: tuple[SubjectLine, ...] = ()
 
 
 class Used(msgspec.Struct, frozen=True):
@@ -75,6 +90,14 @@ class Used(msgspec.Struct, frozen=True):
 
     feature: str
     units: int
+    at_ms: int
+
+
+class UsedBySubject(msgspec.Struct, frozen=True):
+    """Nanos to add to a subject's use, if the window that counted them at `at_ms` is still open."""
+
+    subject: str
+    nanos: int
     at_ms: int
 
 
@@ -89,6 +112,7 @@ class Change(msgspec.Struct, frozen=True):
     meters: tuple[tuple[str, int], ...] = ()
     used: tuple[Used, ...] = ()
     cycle: int = 0
+    subjects: tuple[UsedBySubject, ...] = ()
 
 
 def arguments(delta: Delta, tenant: str, customer: str) -> list[str]:
@@ -103,6 +127,7 @@ def arguments(delta: Delta, tenant: str, customer: str) -> list[str]:
         " ".join(f"{meter} {units}" for meter, units in delta.meters),
         f"{tenant} {customer}",
         str(delta.cycle),
+        "".join(subject.encode() for subject in delta.subjects),
     ]
 
 
@@ -115,7 +140,7 @@ def parse(data: bytes) -> Delta:
     return msgspec.json.decode(data, type=Delta)
 
 
-def compensation(record: Consumed, current: int) -> Change:
+def compensation(record: Consumed, current: int, subject: str = "") -> Change:
     """Gives the hot account back exactly what `record` took from it: its key was charged before, so the ledger did not
     book it again. `current` is the start of the account's period now; what counted on an earlier one is gone from it.
     """
@@ -127,13 +152,15 @@ def compensation(record: Consumed, current: int) -> Change:
             taken[burn.grant] = taken.get(burn.grant, 0) + burn.amount
     overage = taken.pop(OVERAGE, 0)
     counted = record.period_start == record.cycle_start == current
+    amount = sum(line.amount for line in record.lines)
     return Change(
         grants=tuple(sorted(taken.items())),
         overage=-overage,
-        settled=-sum(line.amount for line in record.lines) if counted else 0,
+        settled=-amount if counted else 0,
         meters=tuple(sorted(meters.items())) if counted else (),
         used=tuple(Used(feature_of(meter), units, record.recorded_ms) for meter, units in sorted(meters.items())),
         cycle=record.period_start,
+        subjects=(UsedBySubject(subject, -amount, min(record.event_ms, record.recorded_ms)),) if subject else (),
     )
 
 
@@ -146,6 +173,7 @@ def feature_of(meter: str) -> str:
 _LOCK = """
 SELECT config, epoch, version, ledger_now_ms() AS now_ms
 FROM accounts WHERE tenant = $1 AND customer = $2 FOR UPDATE"""
+_SUBJECTS = "SELECT subjects FROM customers WHERE tenant = $1 AND id = $2"
 _CONTRACT = "SELECT body FROM contracts WHERE tenant = $1 AND customer = $2 AND state = 1"
 
 # What the hot account may still hold: named in the delta, else it would be taken for voided.
@@ -184,7 +212,8 @@ async def decide(connection: Connection, tenant: str, customer: str, change: Cha
     returned = [grant.no for grant in grants if grant.ended(now_ms) and grant.no in adjusted]
     grants = [grant for grant in grants if not grant.ended(now_ms) or grant.no in adjusted]
     contract: bytes | None = await connection.fetchval(_CONTRACT, tenant, customer)
-    delta = _delta(version, row, contract, config, change, grants)
+    limits = limits_of(await connection.fetchval(_SUBJECTS, tenant, customer))
+    delta = _delta(version, row, contract, config, change, grants, limits)
     await connection.execute(
         "INSERT INTO hot_deltas (tenant, customer, version, body) VALUES ($1, $2, $3, $4)",
         *(tenant, customer, version, body(delta)),
@@ -199,7 +228,13 @@ async def decide(connection: Connection, tenant: str, customer: str, change: Cha
 
 
 def _delta(
-    version: int, row: Row, contract: bytes | None, config: Config, change: Change, grants: list[Grant]
+    version: int,
+    row: Row,
+    contract: bytes | None,
+    config: Config,
+    change: Change,
+    grants: list[Grant],
+    limits: list[LimitRule],
 ) -> Delta:
     was, adjusted = Config.decode(row["config"]), dict(change.grants)
     return Delta(
@@ -220,7 +255,24 @@ def _delta(
         cycle=change.cycle,
         line=config.credit_line - was.credit_line,
         turned=(config.recurrence, config.anchor_ms) != (was.recurrence, was.anchor_ms),
+        subjects=subject_lines(limits, config.anchor_ms, change.subjects, row["now_ms"]),
     )
+
+
+def subject_lines(
+    limits: list[LimitRule], anchor_ms: int, used: tuple[UsedBySubject, ...], now_ms: int
+) -> tuple[SubjectLine, ...]:
+    """The subjects' limits; use is adjusted where the window that counted it is the window of now."""
+    lines = []
+    for rule in limits:
+        nanos = sum(
+            item.nanos
+            for item in used
+            if item.subject == rule.subject
+            and period(rule.recurrence, anchor_ms, item.at_ms) == period(rule.recurrence, anchor_ms, now_ms)
+        )
+        lines.append(SubjectLine(rule.subject, rule.limit, rule.recurrence, anchor_ms, nanos))
+    return tuple(lines)
 
 
 def quota_lines(contract: bytes | None, anchor_ms: int, used: tuple[Used, ...], now_ms: int) -> tuple[QuotaLine, ...]:

@@ -17,6 +17,7 @@ from ledger_sync.contracts import quotas_of
 from ledger_sync.posting import BREAKAGE, Expired, restored
 from ledger_sync.posting import Entry as Line
 from ledger_sync.quota_usage import used_now
+from ledger_sync.subjects import limits_of, used_by_subjects
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Connection, Row
@@ -67,6 +68,9 @@ WHERE (g.tenant, g.customer) IN {_NAMES} AND b.remaining <> 0"""  # noqa: S608
 
 _CONTRACTS: Final = f"SELECT tenant, customer, body FROM contracts WHERE state = 1 AND (tenant, customer) IN {_NAMES}"  # noqa: S608
 
+_SUBJECTS: Final = f"""
+SELECT tenant, id, subjects FROM customers WHERE (tenant, id) IN {_NAMES} AND subjects <> '[]'"""  # noqa: S608
+
 _SETTLED: Final = f"""
 SELECT p.tenant, p.customer, p.settled FROM account_periods p JOIN accounts a USING (tenant, customer, period_start)
 WHERE (a.tenant, a.customer) IN {_NAMES}"""  # noqa: S608
@@ -93,6 +97,8 @@ async def _read(connection: Connection, accounts: Mapping[Name, Ledgered], now_m
         accounts[row["tenant"], row["customer"]].credits.append(credit)
     for row in await _rows(connection, _CONTRACTS, accounts):
         accounts[row["tenant"], row["customer"]].quotas += quotas_of(row["body"])
+    for row in await _rows(connection, _SUBJECTS, accounts):
+        accounts[row["tenant"], row["id"]].limits += limits_of(row["subjects"])
     if hot := {name: account for name, account in accounts.items() if account.was_hot}:
         await _read_history(connection, hot, now_ms)
 
@@ -115,6 +121,10 @@ async def _read_history(connection: Connection, accounts: Mapping[Name, Ledgered
     for account in listed:
         if account.quotas:
             account.used = await used_now(connection, *account.name, account.config, account.quotas, now_ms)
+        if account.limits:
+            account.used_by = await used_by_subjects(
+                connection, *account.name, account.config.anchor_ms, account.limits, now_ms
+            )
 
 
 def _broken(account: Ledgered) -> dict[int, Expired]:

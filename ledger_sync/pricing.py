@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from entitlement.catalog import RateCard, Snapshot
+from entitlement.catalog import Kind, RateCard, Snapshot
 from entitlement.decision import Charge, Consume, Line, Price
-from entitlement.rating import Rate, most_specific
+from entitlement.rating import FREE, Rate, most_specific
 
 NO_PLAN = "-"
 
@@ -34,6 +34,8 @@ class PriceList:
         feature = self._features.get(line.feature)
         if feature is None:
             return Price(line.feature, "!")
+        if feature.kind is not Kind.METERED:
+            return Price(line.feature, FREE, feature.shadow)
         rate = most_specific(tuple(rate for rate in rates if rate.feature == line.feature), dict(line.dimensions))
         if rate is None:
             return Price(line.feature, "-", feature.shadow)

@@ -129,7 +129,7 @@ class Settlement:
             self._book(position, posted, record)
             if record.epoch < position.epoch:
                 # Granted before the account was installed anew, settled after: the live account has not paid for it.
-                self._compensate(record, negated(compensation(record, position.period_start)))
+                self._compensate(record, negated(compensation(record, position.period_start, posted.subject)))
         elif earlier.is_of(record) or not ahead:
             self.outcome.repeated += 1
         else:
@@ -160,7 +160,7 @@ class Settlement:
             self.outcome.duplicates += 1
         else:
             self._reject(posted, Reason.KEY_MISMATCH, f"{posted.key!r} was charged before with another payload")
-        self._compensate(record, compensation(record, position.period_start))
+        self._compensate(record, compensation(record, position.period_start, posted.subject))
         for event_id, kind, event in crossed:
             self.books.publish(event_id, record, kind, event)
 
@@ -256,6 +256,7 @@ def negated(change: Change) -> Change:
         overage=-change.overage,
         meters=tuple((meter, -units) for meter, units in change.meters),
         used=tuple(msgspec.structs.replace(item, units=-item.units) for item in change.used),
+        subjects=tuple(msgspec.structs.replace(item, nanos=-item.nanos) for item in change.subjects),
     )
 
 
@@ -281,5 +282,6 @@ def _sum(cycle: int, parts: Sequence[Change]) -> Change:
         overage=sum(change.overage for change in parts),
         meters=tuple(sorted(meters.items())),
         used=tuple(item for change in parts for item in change.used),
+        subjects=tuple(item for change in parts for item in change.subjects),
         cycle=cycle,
     )

@@ -14,7 +14,7 @@ from typing import Protocol
 import redis
 
 from entitlement import keys
-from entitlement.account import Account, Billing, Config, HotGrant, Quota, Status
+from entitlement.account import Account, Billing, Config, HotGrant, Quota, Status, SubjectLimit
 from entitlement.decision import Charge, Consume, Decision, Limits, Mode, Outcome, Price
 from entitlement.journal import Consumed, Record, decode
 from entitlement.lua import script
@@ -70,6 +70,7 @@ def account(
     thresholds: tuple[int, ...] = (80, 90, 100, 150),
     entitled: tuple[str, ...] = (),
     quotas: Iterable[Quota] = (),
+    subjects: Iterable[SubjectLimit] = (),
     allowance: int | None = None,
     recurrence: Recurrence = Recurrence.NEVER,
     anchor_ms: int = 0,
@@ -99,6 +100,7 @@ def account(
         grants=list(grants),
         meters=dict(meters or {}),
         quotas={quota.feature: quota for quota in quotas},
+        subjects={limit.subject: limit for limit in subjects},
     )
 
 
@@ -143,12 +145,15 @@ class Hot:
         customer: str = CUSTOMER,
         prices: Mapping[str, Price] = PRICES,
         plan: str = PLAN,
+        subject: str = "",
     ) -> Outcome:
-        asked = request(key, *usage, mode=mode, event_ms=event_ms, customer=customer)
+        asked = request(key, *usage, mode=mode, event_ms=event_ms, customer=customer, subject=subject)
         return await self.store.consume(asked, charge(asked, prices, plan=plan))
 
-    async def decide(self, key: str, *usage: Usage, mode: Mode = Mode.NORMAL, event_ms: int = 0) -> Decision:
-        outcome = await self.ask(key, *usage, mode=mode, event_ms=event_ms)
+    async def decide(
+        self, key: str, *usage: Usage, mode: Mode = Mode.NORMAL, event_ms: int = 0, subject: str = ""
+    ) -> Decision:
+        outcome = await self.ask(key, *usage, mode=mode, event_ms=event_ms, subject=subject)
         assert isinstance(outcome, Decision), outcome
         return outcome
 

@@ -110,6 +110,24 @@ local function cross(a)
   return #events > 0 and table.concat(events, ',') or '-'
 end
 
+-- s:<subject>: 'limit recurrence anchor used window_start window_end', amounts in nanos. A window that is over starts anew.
+local function read_subject(text, now)
+  local s, limit, used = {}
+  limit, s.recurrence, s.anchor, used, s.from, s.to = string.match(text, '^(%S+) (%S+) (%S+) (%S+) (%S+) (%S+)$')
+  s.h, s.l = num(limit)
+  s.uh, s.ul = num(used)
+  s.from, s.to = tonumber(s.from), tonumber(s.to)
+  if s.recurrence ~= '1' and now >= s.to then
+    s.from, s.to = period(tonumber(s.recurrence), tonumber(s.anchor), now)
+    s.uh, s.ul = 0, 0
+  end
+  return s
+end
+
+local function write_subject(s)
+  return table.concat({text(s.h, s.l), s.recurrence, s.anchor, text(s.uh, s.ul), integer(s.from), integer(s.to)}, ' ')
+end
+
 -- One record a change, in the account's gap-free sequence. Layout: see entitlement/journal.py.
 local function journal(key, kind, who, a, now, crossings, body)
   redis.call('XADD', key, '*', 'r',

@@ -12,6 +12,7 @@
 --       7 meter adjustments: 'meter units meter units'                                     signed units
 --       8 'tenant customer'
 --       9 the period (its start, ms) that 4 and 7 are meant for, 0 = the current one
+--       10 every subject's limit that shall exist: 'subject limit recurrence anchor used-adjustment;'   signed nanos
 -- Returns '!NOT_LOADED', '!GAP have' (not the next version; have = the live one), or '=' sequence.
 local fields = redis.call('HMGET', KEYS[1], 'c', 'd', 'g')
 if not fields[1] or fields[1] == 'missing' then return '!NOT_LOADED' end
@@ -103,8 +104,23 @@ for feature, limit, soft, recurrence, anchor, adjustment in string.gmatch(ARGV[6
   end
   redis.call('HSET', KEYS[1], field, table.concat({limit, soft, recurrence, anchor, integer(used + tonumber(adjustment)), from, to}, ' '))
 end
+for subject, limit, recurrence, anchor, adjustment in string.gmatch(ARGV[10], '(%S+) (%d+) (%d) (%d+) (-?%d+);') do
+  local field = 's:' .. subject
+  keep[field] = true
+  local was = redis.call('HGET', KEYS[1], field)
+  local s = was and read_subject(was, now)
+  if not s or s.recurrence ~= recurrence or s.anchor ~= anchor then
+    s = {recurrence = recurrence, anchor = anchor, uh = 0, ul = 0}
+    s.from, s.to = period(tonumber(recurrence), tonumber(anchor), now)
+  end
+  s.h, s.l = num(limit)
+  local by_h, by_l = num(adjustment)
+  s.uh, s.ul = add(s.uh, s.ul, by_h, by_l)
+  redis.call('HSET', KEYS[1], field, write_subject(s))
+end
 for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
-  if string.sub(field, 1, 2) == 'q:' and not keep[field] then redis.call('HDEL', KEYS[1], field) end
+  local kind = string.sub(field, 1, 2)
+  if (kind == 'q:' or kind == 's:') and not keep[field] then redis.call('HDEL', KEYS[1], field) end
 end
 local prefix = meant and 'u:' or 'U:' .. integer(cycle) .. ':'
 for meter, units in string.gmatch(ARGV[7], "(%S+) (-?%d+) ?") do redis.call('HINCRBY', KEYS[1], prefix .. meter, units) end

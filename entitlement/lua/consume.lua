@@ -8,7 +8,7 @@
 --       5 'tenant customer'          6 memory of the key, ms      7 oldest event, ms before now    8 newest, ms after now
 --       9 plan (rate card)          10 its version     11, 12 [from, until) ms of that version, until 0 = none
 --       13 number of usage lines, then for each line: feature, meter, compiled rate or '-' (no price) or '!' (no such
---       feature), 's' (shadow) or '-'; then each line's quantity
+--       feature), 's' (shadow) or '-'; then each line's quantity; then the subject, when the request names one
 --       All numbers are plain decimal integers; the caller has checked them.
 -- Returns one string:
 --       '=' credit_type NUL answer (decided now)    '~' credit_type NUL answer (this key's first answer)
@@ -33,6 +33,8 @@ for i = 2, n do
   names[2 * i + 2] = 'u:' .. ARGV[ARGS + 4 * i - 2]
   names[2 * i + 3] = 'q:' .. ARGV[ARGS + 4 * i - 3]
 end
+local subject = ARGV[QUANTITIES + n + 1]
+if subject then names[2 * n + 4] = 's:' .. subject end
 local fields = redis.call('HMGET', KEYS[1], unpack(names))
 if not fields[1] then return '!NOT_LOADED' end
 if fields[1] == 'missing' then return '=\0' .. struct.pack('<BBBBI4I6I4i5I4i5I4B', 3, 1, NONE, 0, 0, 0, 0, 0, 0, 0, 0, 0) end
@@ -82,6 +84,11 @@ for i = 1, n do
   end
 end
 
+-- What the subject's own limit leaves it, when it has one; usage of an earlier window does not count on this one.
+local own = subject and fields[2 * n + 4] and read_subject(fields[2 * n + 4], now)
+local own_h, own_l
+if own and at >= own.from then own_h, own_l = sub(own.h, own.l, own.uh, own.ul) end
+
 -- One line after the other, on local copies. `reject` gives a reason; ADJUST_ONLY and shadow features go on all the same.
 local adjust, best = ARGV[3] == '4', ARGV[3] == '2'
 local verdict, shadow, denied, failed, any, capped, back = 1, 0, nil, nil, false, nil, false
@@ -118,11 +125,12 @@ for i = 1, n do
   for _, g in ipairs(grants) do
     if active(g, at) and covers(g, feature) then usable_h, usable_l = add(usable_h, usable_l, g.h, g.l) end
   end
+  local reason = a.billing == 'A' and 8 or 6
+  if own_h and less(own_h, own_l, usable_h, usable_l) then usable_h, usable_l, reason = own_h, own_l, 16 end
   local before = meters[meter]
   local h, l = amount(rate, before, quantity)
   if h == nil then return '!RANGE ' .. integer(i - 1) end
   if h >= 0 and (h > 0 or l > 0) and less(usable_h, usable_l, h, l) then
-    local reason = a.billing == 'A' and 8 or 6
     if caps then
       quantity, verdict, capped = affordable(rate, before, quantity, usable_h, usable_l), 2, reason
       h, l = amount(rate, before, quantity)
@@ -148,6 +156,7 @@ for i = 1, n do
     over_h, over_l = add(over_h, over_l, need_h, need_l)
     parts, count = parts .. struct.pack('<ddd', 0, need_h, need_l), count + 1
   end
+  if own_h then own_h, own_l = sub(own_h, own_l, h, l) end
   total_h, total_l = add(total_h, total_l, h, l)
   if over(over_h, over_l) or over(total_h, total_l) then return '!RANGE ' .. integer(i - 1) end
   meters[meter] = before + quantity
@@ -199,6 +208,11 @@ end
 for feature, q in pairs(quotas) do
   writes[#writes + 1] = 'q:' .. feature
   writes[#writes + 1] = table.concat({integer(q.limit), q.soft, q.recurrence, q.anchor, integer(q.used), integer(q.from), integer(q.to)}, ' ')
+end
+if own_h then
+  own.uh, own.ul = sub(own.h, own.l, own_h, own_l)
+  writes[#writes + 1] = 's:' .. subject
+  writes[#writes + 1] = write_subject(own)
 end
 redis.call('HSET', KEYS[1], unpack(writes))
 journal(KEYS[3], 1, ARGV[5], a, now, crossings,

@@ -356,6 +356,7 @@ class Balance(_message.Message):
     QUOTAS_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
     credit_type: _builtins.str
     """"USD", "tokens", ..."""
     available_nanos: _builtins.int
@@ -370,6 +371,10 @@ class Balance(_message.Message):
     sequence: _builtins.int
     @_builtins.property
     def quotas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Quota]: ...
+    @_builtins.property
+    def subject(self) -> Global___SubjectLimit:
+        """GetBalance of a subject that has a limit of its own"""
+
     def __init__(
         self,
         *,
@@ -382,14 +387,45 @@ class Balance(_message.Message):
         quotas: _abc.Iterable[Global___Quota] | None = ...,
         epoch: _builtins.int = ...,
         sequence: _builtins.int = ...,
+        subject: Global___SubjectLimit | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_nanos", b"available_nanos", "credit_type", b"credit_type", "epoch", b"epoch", "gate_nanos", b"gate_nanos", "held_nanos", b"held_nanos", "overage_nanos", b"overage_nanos", "quotas", b"quotas", "sequence", b"sequence", "settled_nanos", b"settled_nanos"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_nanos", b"available_nanos", "credit_type", b"credit_type", "epoch", b"epoch", "gate_nanos", b"gate_nanos", "held_nanos", b"held_nanos", "overage_nanos", b"overage_nanos", "quotas", b"quotas", "sequence", b"sequence", "settled_nanos", b"settled_nanos", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Balance: _TypeAlias = Balance  # noqa: Y015
+
+@_typing.final
+class SubjectLimit(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    USED_NANOS_FIELD_NUMBER: _builtins.int
+    LIMIT_NANOS_FIELD_NUMBER: _builtins.int
+    RESETS_AT_FIELD_NUMBER: _builtins.int
+    subject: _builtins.str
+    used_nanos: _builtins.int
+    """in the window"""
+    limit_nanos: _builtins.int
+    @_builtins.property
+    def resets_at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        subject: _builtins.str = ...,
+        used_nanos: _builtins.int = ...,
+        limit_nanos: _builtins.int = ...,
+        resets_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["resets_at", b"resets_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit_nanos", b"limit_nanos", "resets_at", b"resets_at", "subject", b"subject", "used_nanos", b"used_nanos"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubjectLimit: _TypeAlias = SubjectLimit  # noqa: Y015
 
 @_typing.final
 class Quota(_message.Message):

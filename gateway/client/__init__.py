@@ -19,7 +19,18 @@ from gateway.client.errors import (
 )
 from gateway.client.options import Tls
 from gateway.client.sync import SyncClient
-from gateway.client.values import Balance, Consumed, Decision, Mode, Quota, Reason, Request, Usage, Verdict
+from gateway.client.values import (
+    Balance,
+    Consumed,
+    Decision,
+    Mode,
+    Quota,
+    Reason,
+    Request,
+    SubjectLimit,
+    Usage,
+    Verdict,
+)
 
 __all__ = [
     "Backoff",
@@ -37,6 +48,7 @@ __all__ = [
     "Overloaded",
     "PermissionDenied",
     "Quota",
+    "SubjectLimit",
     "Reason",
     "Request",
     "SyncClient",

@@ -145,12 +145,13 @@ class Client:
         """
         return await self._started().decisions.decide_many(requests)
 
-    async def balance(self, customer: str, *, at_least_sequence: int = 0) -> Balance:
-        """The balance, no older than `at_least_sequence` of the account (a Decision's `sequence`).
+    async def balance(self, customer: str, *, subject: str = "", at_least_sequence: int = 0) -> Balance:
+        """The balance, no older than `at_least_sequence` of the account (a Decision's `sequence`); with the limit of
+        `subject`, if it has one.
 
         Raises CustomerNotFound, and as check_and_consume; retried alike.
         """
-        request, attempts = balance_request(customer, at_least_sequence), self._attempts()
+        request, attempts = balance_request(customer, at_least_sequence, subject), self._attempts()
         while True:
             try:
                 return balance(await self._started().wire.balance(request, attempts.left_s()))

@@ -151,9 +151,9 @@ class SyncClient:
         except CancelledError:
             raise ClientClosed from None
 
-    def balance(self, customer: str, *, at_least_sequence: int = 0) -> Balance:
+    def balance(self, customer: str, *, subject: str = "", at_least_sequence: int = 0) -> Balance:
         """See Client.balance."""
-        request, attempts = balance_request(customer, at_least_sequence), self._attempts()
+        request, attempts = balance_request(customer, at_least_sequence, subject), self._attempts()
         while True:
             running = self._started()
             try:

@@ -90,6 +90,16 @@ class Consumed(msgspec.Struct, frozen=True, gc=False):
     quantity: int
     amount_nanos: int
     rate_card_version: str
+    value: str = ""  # of a STATIC feature: the configuration handed out
+
+
+class SubjectLimit(msgspec.Struct, frozen=True, gc=False):
+    """The most that a subject may use in a window, and what the window has used. Nanos."""
+
+    subject: str
+    used_nanos: int
+    limit_nanos: int
+    resets_at: datetime | None
 
 
 class Quota(msgspec.Struct, frozen=True, gc=False):
@@ -114,6 +124,7 @@ class Balance(msgspec.Struct, frozen=True, gc=False):
     sequence: int
     as_of: datetime | None = None  # the store's time; None in a Decision, which it is the balance right after
     degraded: bool = False
+    subject: SubjectLimit | None = None  # of the subject that was asked for, when it has a limit
 
 
 class Decision(msgspec.Struct, frozen=True, gc=False):
@@ -169,10 +180,10 @@ def encode(request: Request, key: str) -> bytes:
     return data
 
 
-def balance_request(customer: str, at_least_sequence: int = 0) -> bytes:
+def balance_request(customer: str, at_least_sequence: int = 0, subject: str = "") -> bytes:
     """Raises InvalidArgument for what cannot be put on the wire."""
     try:
-        message = pb.GetBalanceRequest(customer=customer, at_least_sequence=at_least_sequence)
+        message = pb.GetBalanceRequest(customer=customer, at_least_sequence=at_least_sequence, subject=subject)
         return message.SerializeToString()
     except (TypeError, ValueError) as error:
         raise _invalid(f"request: {error}") from None
@@ -206,7 +217,9 @@ def decision(message: pb.CheckAndConsumeResponse) -> Decision:
         message.idempotency_key,
         _VERDICTS.get(message.verdict, Verdict.UNKNOWN),
         _REASONS.get(message.reason, Reason.UNKNOWN),
-        tuple([Consumed(c.feature, c.quantity, c.amount_nanos, c.rate_card_version) for c in message.consumed]),
+        tuple(
+            [Consumed(c.feature, c.quantity, c.amount_nanos, c.rate_card_version, c.value) for c in message.consumed]
+        ),
         _balance(message.balance),
         message.replayed,
         message.degraded,
@@ -232,7 +245,13 @@ def _balance(message: pb.Balance, as_of: datetime | None = None, degraded: bool 
         message.sequence,
         as_of,
         degraded,
+        _limit(message.subject) if message.HasField("subject") else None,
     )
+
+
+def _limit(message: pb.SubjectLimit) -> SubjectLimit:
+    resets_at = message.resets_at.ToDatetime(UTC) if message.HasField("resets_at") else None
+    return SubjectLimit(message.subject, message.used_nanos, message.limit_nanos, resets_at)
 
 
 def balance(message: pb.GetBalanceResponse) -> Balance:

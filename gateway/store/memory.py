@@ -11,7 +11,7 @@ from copy import deepcopy
 import msgspec
 
 from entitlement import journal
-from entitlement.account import Account, Billing, Quota, Status
+from entitlement.account import Account, Billing, Quota, Status, SubjectLimit
 from entitlement.decision import (
     Charge,
     Charged,
@@ -85,7 +85,8 @@ class MemoryStore:
     async def consume(self, request: Consume, charge: Charge) -> Outcome:
         now, identity = self._clock(), (request.tenant, request.customer, request.key)
         mark = fingerprint(request.payload)
-        known = self._remembered.get(identity) if request.mode is not Mode.CHECK_ONLY else None
+        mode = charge.mode or request.mode
+        known = self._remembered.get(identity) if mode is not Mode.CHECK_ONLY else None
         if known is not None and now < known.until_ms:
             return msgspec.structs.replace(known.decision, replayed=True) if known.mark == mark else Mismatch()
         live = self.accounts.get((request.tenant, request.customer))
@@ -103,7 +104,7 @@ class MemoryStore:
         attempt = _Attempt(request, charge, deepcopy(live), now, event, at)
         try:
             attempt.run()
-            record = None if request.mode is Mode.CHECK_ONLY else attempt.commit()
+            record = None if mode is Mode.CHECK_ONLY else attempt.commit()
         except _Denied as denied:
             return _answer(request, charge, live, now, attempt, denied)
         except _OverBound as bound:
@@ -130,6 +131,10 @@ class _Attempt:
         self.lines: list[BurnedLine] = []
         for feature, quota in account.quotas.items():
             account.quotas[feature] = quota.at(now)
+        self.own: SubjectLimit | None = None
+        if (limit := account.subjects.get(request.subject)) is not None:
+            limit = account.subjects[request.subject] = limit.at(now)
+            self.own = limit if at >= limit.start_ms else None
 
     def run(self) -> None:
         for index, (line, price) in enumerate(zip(self.request.lines, self.charge.prices, strict=True)):
@@ -182,6 +187,8 @@ class _Attempt:
             raise _Denied(Reason.PRICE_UNKNOWN, index)
         quantity = self._within_quota(index, line, price)
         quantity, amount = self._within_credit(index, line, price, quantity)
+        if self.own is not None:
+            self.own.used += amount
         burns = self._burn(line.feature, amount)
         if account.overage > MAX_NANOS or sum(done.amount for done in self.lines) + amount > MAX_NANOS:
             raise _OverBound(index)
@@ -222,9 +229,11 @@ class _Attempt:
         nanos = _amount(price.rate, before, quantity, index)
         usable = account.gate - account.overage - account.held
         usable += sum(g.remaining for g in account.grants if g.active(self.at) and g.covers(line.feature))
+        reason = Reason.ARREARS_GATE if account.config.billing is Billing.ARREARS else Reason.INSUFFICIENT_CREDITS
+        if self.own is not None and self.own.limit - self.own.used < usable:
+            usable, reason = self.own.limit - self.own.used, Reason.SUBJECT_LIMIT_REACHED
         if nanos <= 0 or nanos <= usable:
             return quantity, nanos
-        reason = Reason.ARREARS_GATE if account.config.billing is Billing.ARREARS else Reason.INSUFFICIENT_CREDITS
         if self._caps(price):
             self.verdict, self.capped = Verdict.ALLOW_WITH_CAPS, reason
             quantity = affordable(read_compiled(price.rate), before, quantity, usable)

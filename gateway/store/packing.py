@@ -32,6 +32,9 @@ class Packer:
     def __init__(self, sha: str, limits: Limits, partitions: int) -> None:
         name = _bulks(("EVALSHA", sha, 3))
         self._starts = [b"*%d\r\n%b" % (_FIXED_ARGUMENTS + 5 * lines, name) for lines in range(MAX_LINES + 1)]
+        self._subject_starts = [
+            b"*%d\r\n%b" % (_FIXED_ARGUMENTS + 5 * lines + 1, name) for lines in range(MAX_LINES + 1)
+        ]
         self._partitions = partitions
         prefixes = [keys.idempotency(partition, b"") for partition in range(partitions)]
         self._prefixes = [b"$%d\r\n%b" % (len(prefix) + DIGEST_BYTES, prefix) for prefix in prefixes]
@@ -50,15 +53,19 @@ class Packer:
         quantities = _bulk(first.quantity)
         if more:
             quantities += b"".join([_bulk(line.quantity) for line in more])
+        starts = self._starts
+        if subject := request.subject:
+            quantities += b"$%d\r\n%b\r\n" % (len(subject), subject.encode())
+            starts = self._subject_starts
         return b"%b%b%b\r\n%b%b\r\n$%d\r\n%b\r\n$1\r\n%d\r\n%b%b%b%b" % (
-            self._starts[len(lines)],
+            starts[len(lines)],
             seat.head,
             key_digest(tenant, customer, request.key),
             seat.journal,
             fingerprint(payload),
             len(payload),
             payload,
-            request.mode,
+            charge.mode or request.mode,
             event,
             seat.tail,
             prices,

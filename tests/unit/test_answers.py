@@ -49,7 +49,15 @@ def decided(draw: st.DrawFn) -> tuple[Consume, Decision]:
 @given(decided())
 def test_an_answer_is_the_message_byte_for_byte(given_: tuple[Consume, Decision]) -> None:
     request, decision = given_
-    assert encode(request, decision) == response(request, decision).SerializeToString(deterministic=True)
+    assert encode(request, decision, {}) == response(request, decision, {}).SerializeToString(deterministic=True)
+
+
+def test_a_static_feature_carries_its_value() -> None:
+    request = Consume("acme", "bob", "", "k", Mode.NORMAL, 0, (Line("retention", 1), Line("calls", 1)), b"")
+    charged = (Charged(1, 0), Charged(1, 5))
+    decision = Decision(*(Verdict.ALLOW, Reason.NONE, -1, False, 1, 2, "USD", 9, 0, 5, 0, 0, "7", charged, (), False))
+    answer = pb.CheckAndConsumeResponse.FromString(encode(request, decision, {"retention": "90d"}))
+    assert [consumed.value for consumed in answer.consumed] == ["90d", ""]
 
 
 def test_the_usual_answer_goes_the_short_way() -> None:

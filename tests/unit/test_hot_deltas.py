@@ -11,6 +11,7 @@ from ledger_sync.hot_deltas import (
     Delta,
     GrantLine,
     QuotaLine,
+    SubjectLine,
     Used,
     arguments,
     body,
@@ -72,6 +73,7 @@ def test_the_script_gets_every_part_in_its_place() -> None:
         ),
         meters=(("tokens,model=a", -11), ("images", 4)),
         cycle=MAY,
+        subjects=(SubjectLine("key-1", 5, Recurrence.DAY, 7, -2), SubjectLine("u~2", 2**63 - 1, Recurrence.NEVER, 0)),
     )
     assert arguments(delta, "acme", "bob") == [
         "4",
@@ -83,11 +85,12 @@ def test_the_script_gets_every_part_in_its_place() -> None:
         "tokens,model=a -11 images 4",
         "acme bob",
         str(MAY),
+        "key-1 5 3 7 -2;u~2 9223372036854775807 1 0 0;",
     ]
 
 
 def test_an_empty_delta_leaves_nothing_out() -> None:
-    assert arguments(Delta(1, CONFIG), "acme", "bob") == ["1", CONFIG, "", "0", "0", "", "", "acme bob", "0"]
+    assert arguments(Delta(1, CONFIG), "acme", "bob") == ["1", CONFIG, "", "0", "0", "", "", "acme bob", "0", ""]
 
 
 def test_a_delta_survives_the_database() -> None:

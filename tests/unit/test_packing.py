@@ -31,7 +31,8 @@ def word(rng: random.Random, most: int = 128) -> str:
 def random_call(rng: random.Random, charges: list[Charge]) -> tuple[Consume, Charge]:
     charge = rng.choice(charges)
     lines = tuple(Line(word(rng, 9), rng.choice([0, 1, MAX_QUANTITY, rng.randrange(10**6)])) for _ in charge.prices)
-    who = (rng.choice(["acme", "default"]), rng.choice(["bob", "ann", word(rng)]), "", word(rng))
+    subject = rng.choice(["", "", "key-1", word(rng)])
+    who = (rng.choice(["acme", "default"]), rng.choice(["bob", "ann", word(rng)]), subject, word(rng))
     event = rng.choice([0, rng.randrange(2**45)])
     return Consume(*who, rng.choice(list(Mode)), event, lines, rng.randbytes(rng.randrange(300))), charge
 
@@ -41,7 +42,9 @@ def random_charge(rng: random.Random) -> Charge:
     prices = tuple(
         Price(word(rng, 30), rng.choice(rates), rng.random() < 0.5) for _ in range(rng.randint(1, MAX_LINES))
     )
-    return Charge(word(rng), rng.randrange(1000), rng.randrange(2**45), rng.choice([0, rng.randrange(2**45)]), prices)
+    mode = rng.choice([None, None, Mode.CHECK_ONLY])
+    until = rng.choice([0, rng.randrange(2**45)])
+    return Charge(word(rng), rng.randrange(1000), rng.randrange(2**45), until, prices, mode)
 
 
 @pytest.mark.parametrize("partitions", [1, 64, 1024])

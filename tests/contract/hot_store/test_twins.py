@@ -8,7 +8,7 @@ import random
 import msgspec
 
 from entitlement import journal
-from entitlement.account import Account, Billing, HotGrant, Quota, Status
+from entitlement.account import Account, Billing, HotGrant, Quota, Status, SubjectLimit
 from entitlement.decision import Consume, Decision, Mode, Outcome, OutOfTime, Price, Stale
 from entitlement.journal import Consumed, Record
 from entitlement.periods import DAY, HOUR, Recurrence, period
@@ -16,6 +16,7 @@ from entitlement.quantity import MAX_CUMULATIVE, MAX_NANOS, MAX_QUANTITY
 from tests.hot_stores import PLAN, TENANT, MemoryBench, RedisBench, account, charge, redis_bench, request
 
 ACCOUNTS, CALLS = 150, 30
+SUBJECTS = ["key-1", "key-2", "user~3"]
 FEATURES = ["alpha", "beta", "gamma", "gamma.x", "delta"]
 MINUTES_17 = 17 * 60_000  # Between the hours on which grants and periods begin and end.
 
@@ -48,6 +49,13 @@ class Draw:
         limit = rng.choice([0, 5, 50, 10**6, MAX_CUMULATIVE])
         return Quota(feature, limit, rng.random() < 0.3, recurrence, anchor, rng.randrange(limit + 1), start, end)
 
+    def limit(self, subject: str) -> SubjectLimit:
+        rng = self.rng
+        recurrence, anchor = rng.choice(list(Recurrence)), self.anchor()
+        start, end = period(recurrence, anchor, self.now - rng.choice([0, 0, 50 * DAY]))
+        most = self.amount() + 1
+        return SubjectLimit(subject, most, recurrence, anchor, rng.randrange(-5, most + 1), start, end)
+
     def anchor(self) -> int:
         """Such that every period begins half an hour from now, or some hours from it."""
         return self.now - HOUR // 2 - self.rng.randrange(0, 2_000) * HOUR
@@ -64,6 +72,7 @@ class Draw:
             thresholds=tuple(sorted(rng.sample([1, 10, 50, 80, 90, 100, 150, 333], rng.randint(0, 5)))),
             entitled=rng.choice([(), (), self.features()]),
             quotas=[self.quota(feature) for feature in rng.sample(FEATURES, rng.choice([0, 1, 2]))],
+            subjects=[self.limit(subject) for subject in rng.sample(SUBJECTS, rng.choice([0, 1, 2]))],
             allowance=self.amount(),
             recurrence=recurrence,
             anchor_ms=anchor,
@@ -110,7 +119,8 @@ class Draw:
         mode = rng.choice(list(Mode))
         if mode is not Mode.CHECK_ONLY and not any(quantity for _, quantity in usage):
             usage[0] = (usage[0][0], 1)
-        return request(f"k{rng.randrange(number + 1)}", *usage, mode=mode, event_ms=self.event_ms())
+        subject = rng.choice(["", "", *SUBJECTS])
+        return request(f"k{rng.randrange(number + 1)}", *usage, mode=mode, event_ms=self.event_ms(), subject=subject)
 
 
 TIERED = [f"{letter} {{1}} 5,{{0}},7 40,1,0 0,0,{{1}}" for letter in "GV"]
@@ -128,10 +138,11 @@ def timeless_record(entry: bytes) -> Record:
 
 
 def at(found: Account | None, now: int) -> Account:
-    """With every quota in its current window: Redis turns those that a call asks for, the twin all of them."""
+    """With every limit in its current window: Redis turns those that a call asks for, the twin all of them."""
     assert found is not None
     quotas = {feature: quota.at(now) for feature, quota in found.quotas.items()}
-    return msgspec.structs.replace(found, quotas=quotas)
+    subjects = {subject: limit.at(now) for subject, limit in found.subjects.items()}
+    return msgspec.structs.replace(found, quotas=quotas, subjects=subjects)
 
 
 async def compare(twin: MemoryBench, live: RedisBench, draw: Draw, name: str) -> dict[str, int]:
@@ -166,6 +177,7 @@ async def test_the_same_calls_get_the_same_answers_and_records_from_both_stores(
         "INSUFFICIENT_CREDITS",
         "ARREARS_GATE",
         "USAGE_LIMIT_REACHED",
+        "SUBJECT_LIMIT_REACHED",
         "NO_ENTITLEMENT",
         "PRICE_UNKNOWN",
         "Mismatch",
