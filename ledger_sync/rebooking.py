@@ -53,6 +53,9 @@ class Purse:
         self._open = burn_order(grant for grant, _ in left.values() if not grant.ended(now_ms))
         self._open_nos = {grant.no for grant in self._open}
 
+    def left(self, no: int) -> int:
+        return self._left[no]
+
     def reburned(self, was: BurnedLine, line: Line, at_ms: int) -> BurnedLine:
         """A line with its new amount. What is less comes back, last burned first, and overage before all; what is more
         is burned from the recorded grants, then from the others of that time in burn order; the rest is overage.

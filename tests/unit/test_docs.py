@@ -21,7 +21,19 @@ from gateway.cli import catalogue_file, main, yaml_source
 from gateway.cli.catalogue_file import read_catalogue
 from gateway.cli.yaml_source import BadFile
 from gateway.transport import asgi, bootstrap, grpcio
-from ledger_sync import admin, admin_server, catalog_messages, catalogs, contracts, customers, grants, translate, usage
+from ledger_sync import (
+    admin,
+    admin_server,
+    backfill,
+    catalog_messages,
+    catalogs,
+    contracts,
+    customers,
+    grants,
+    rerate,
+    translate,
+    usage,
+)
 from ledger_sync import settings as sync_settings
 from tests.pages import ROOT, blocks, commands, pages
 
@@ -147,6 +159,8 @@ CONTROL_PLANE = {
     "subjects of a customer": customers.MAX_SUBJECTS,
     "name, note, reason": translate.MAX_TEXT_BYTES,
     "events of `RecordUsage`": usage.MAX_EVENTS,
+    "events of a backfill": backfill.MAX_GATHERED,
+    "span of a re-rating": rerate.MAX_DAYS,
     "a page": translate.MAX_PAGE_SIZE,
     "a message, metadata, calls": admin_server.MAX_CALLS,
     "a catalogue file": catalogue_file.MAX_RANGE,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from entitlement.catalog import Feature, RateCard, Snapshot
 from entitlement.errors import InvalidArgument
@@ -80,6 +82,23 @@ class TestBurns:
     def test_an_expired_grant_burns_for_an_event_of_its_time(self) -> None:
         expired = grant(4, expires_ms=NOW_MS - DAY)
         assert burns(line(10, (4, 10)), 30, purse((expired, 500)), NOW_MS - 2 * DAY) == [(4, 30)]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(-60, 120)), max_size=40),
+    st.lists(st.integers(0, 80), min_size=3, max_size=3),
+)
+def test_whatever_is_corrected_nothing_is_lost(steps: list[tuple[int, int]], left: list[int]) -> None:
+    """Four lines, corrected again and again: what they burn and what is left is what was there."""
+    held = purse(*((grant(no), remaining) for no, remaining in enumerate(left, 1)))
+    lines = [line(0) for _ in range(4)]
+    for index, amount in [*steps, *((index, 0) for index in range(4))]:
+        lines[index] = held.reburned(lines[index], Line("input.tokens", 10, amount), NOW_MS)
+        assert sum(burn.amount for burn in lines[index].burns) == amount
+        burned = [burn for item in lines for burn in item.burns if burn.grant != OVERAGE]
+        assert all(burn.amount > 0 for burn in burned)
+        assert sum(burn.amount for burn in burned) + sum(held.left(no) for no in (1, 2, 3)) == sum(left)
+        assert all(held.left(no) >= 0 for no in (1, 2, 3))
 
 
 def test_a_cycle_says_what_the_hot_account_gets_back() -> None:
