@@ -21,7 +21,7 @@ from entitlement.v1 import ledger_pb2 as pb
 from entitlement.v1.ledger_pb2_grpc import LedgerAdminServicer, add_LedgerAdminServicer_to_server
 from gateway.cli import main
 from ledger_sync.announcements import INVOICE_FINALIZED, INVOICE_VOIDED
-from tests.control_rig import TENANT, USD, Rig, eventually, refusal
+from tests.control_rig import TENANT, USD, Rig, card, eventually, refusal
 from tests.virtual_clock import Clock, clocked_rig
 
 JANUARY, FEBRUARY, MARCH, APRIL, MAY = (days_from_civil(2026, month, 1) * DAY for month in (1, 2, 3, 4, 5))
@@ -257,6 +257,24 @@ class TestFinal:
         assert january.total_nanos + february.total_nanos == await entries(rig, "revenue:%")
         assert not (await draft(rig)).lines  # Nothing is taken twice.
 
+    async def test_a_price_that_is_corrected_later_is_a_line_of_the_next_one(self, shop: Shop) -> None:
+        rig, clock = shop
+        await used(rig, "input.tokens", MILLION)
+        await turned(rig, clock, FEBRUARY)
+        (january,) = await invoices(rig)
+        cheaper = card("llm", {"input.tokens": 2 * USD, "output.tokens": 15 * USD})
+        cheaper.effective_at.CopyFrom(at(JANUARY))
+        await rig.stub.PutRateCard(cheaper)
+        request = pb.RerateRequest(customer="bob", rate_card="llm", to=at(FEBRUARY), idempotency_key="cheaper")
+        getattr(request, "from").CopyFrom(at(JANUARY))
+        assert (await rig.stub.Rerate(request)).delta_nanos == -USD
+        found = await draft(rig)
+        (line,) = found.lines
+        assert (line.quantity, line.amount_nanos, line.adjusts) == (0, -USD, january.id)
+        assert (found.total_nanos, found.due_nanos) == (-USD, 0)
+        assert january.total_nanos + found.total_nanos == await entries(rig, "revenue:%") == 2 * USD
+        assert await invoices(rig) == [january]
+
     async def test_a_page_that_another_rule_turns_ends_there(self, shop: Shop) -> None:
         rig, _ = shop
         await used(rig, "input.tokens", MILLION)
@@ -283,15 +301,15 @@ class TestFinal:
 
     async def test_tiers_are_told(self, shop: Shop) -> None:
         rig, _ = shop
-        card = pb.RateCard(id="tiered", credit_type="USD")
-        card.rates.add(
+        tiered = pb.RateCard(id="tiered", credit_type="USD")
+        tiered.rates.add(
             feature="input.tokens",
             match={"model": "a"},
             model=pb.Rate.GRADUATED,
             tiers=[pb.Tier(up_to=10, price_nanos=7), pb.Tier(price_nanos=3, flat_nanos=50)],
         )
-        card.rates.add(feature="input.tokens", tiers=[pb.Tier(price_nanos=1)])
-        await rig.stub.PutRateCard(card)
+        tiered.rates.add(feature="input.tokens", tiers=[pb.Tier(price_nanos=1)])
+        await rig.stub.PutRateCard(tiered)
         await rig.customer("ada", USD, rate_card="tiered")
         event = pb.RecordUsageRequest()
         usage = event.events.add(idempotency_key="one", customer="ada").usage.add(feature="input.tokens", quantity=25)
