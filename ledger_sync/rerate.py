@@ -6,6 +6,7 @@ been booked already. A preview is the same computation without the booking.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Final
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from ledger_sync.ledger import Connection, Lease, Ledger
 
 MAX_DAYS: Final = 400
+MAX_PREVIEWS: Final = 2  # at once: each has a connection for as long as it takes
 PREFETCH: Final = 500
 
 _CUSTOMERS: Final = """
@@ -67,31 +69,35 @@ class Rerates:
         self._hot = hot
         self._catalogs = catalogs
         self._tenant = tenant
+        self._previews = asyncio.Semaphore(MAX_PREVIEWS)
 
     async def preview(self, request: pb.RerateRequest) -> pb.RerateReport:
         """What `rerate` would book, were nothing to happen in between. Changes nothing."""
         order = await self._order(request)
-        tally = Tally()
-        async with aclosing(self._corrections(order, cause="")) as corrections:
-            async for correction in corrections:
-                tally.add(correction.booked.record, correction.lines)
-        return tally.message()
+        async with self._previews:
+            return await self._look(order, cause="")
 
     async def rerate(self, request: pb.RerateRequest, actor: str) -> pb.RerateReport:
         """Reverses and rebooks every event whose amount, meter or rate version would be another, once for each
-        idempotency key: the same request again carries on where a run broke off, and gives the same report.
+        idempotency key: the same request again carries on where a run broke off, and gives the same report. An amount
+        that leaves its bounds is found before anything is booked.
         """
         check_id("idempotency_key", request.idempotency_key)
         cause = f"rerate:{request.idempotency_key}"
         order = await self._order(request)
         async with self._ledger.lease(LEASE) as lease:
-            order, finished = await self._begin(order, request.idempotency_key, actor)
-            if not finished:
+            earlier = await self._audited("Rerate", request.idempotency_key)
+            order = _same(earlier, order, request.idempotency_key)
+            if await self._audited("Rerated", request.idempotency_key) is None:
+                await self._look(order, cause)
+                if earlier is None:
+                    await self._audit("Rerate", request.idempotency_key, actor, msgspec.json.encode(order).decode())
                 await self._book(order, cause, lease)
-            report = await self._report(cause)
-            if not finished:
-                await self._finish(request.idempotency_key, actor, report)
-        return report
+                report = await self._report(cause)
+                detail = f"events={report.events} delta_nanos={report.delta_nanos}"
+                await self._audit("Rerated", request.idempotency_key, actor, detail)
+                return report
+            return await self._report(cause)
 
     async def _order(self, request: pb.RerateRequest) -> Order:
         from_ms, to_ms = _times(request)
@@ -117,25 +123,21 @@ class Rerates:
             raise InvalidArgument("to", f"is {days} days after from; expected at most {MAX_DAYS}")
         return Order(request.customer, request.rate_card, from_ms, to_ms, until_ms)
 
-    async def _begin(self, order: Order, key: str, actor: str) -> tuple[Order, bool]:
-        """The order that stands under the key, and whether it has been carried out. A repeated key is compared, not
-        just recognised; what was 'now' for the first call is so for all.
-        """
-        async with self._ledger.transaction() as connection:
-            detail: str | None = await connection.fetchval(_AUDITED, self._tenant, "Rerate", key)
-            if detail is None:
-                text = msgspec.json.encode(order).decode()
-                await changes.audit(connection, self._tenant, actor, "Rerate", key, text)
-                return order, False
-            earlier = msgspec.json.decode(detail, type=Order)
-            if not earlier.same(order):
-                raise IdempotencyMismatch(key)
-            return earlier, await connection.fetchval(_AUDITED, self._tenant, "Rerated", key) is not None
+    async def _audited(self, action: str, key: str) -> str | None:
+        async with self._ledger.transaction(readonly=True) as connection:
+            detail: str | None = await connection.fetchval(_AUDITED, self._tenant, action, key)
+        return detail
 
-    async def _finish(self, key: str, actor: str, report: pb.RerateReport) -> None:
+    async def _audit(self, action: str, key: str, actor: str, detail: str) -> None:
         async with self._ledger.transaction() as connection:
-            detail = f"events={report.events} delta_nanos={report.delta_nanos}"
-            await changes.audit(connection, self._tenant, actor, "Rerated", key, detail)
+            await changes.audit(connection, self._tenant, actor, action, key, detail)
+
+    async def _look(self, order: Order, cause: str) -> pb.RerateReport:
+        tally = Tally()
+        async with aclosing(self._corrections(order, cause)) as corrections:
+            async for correction in corrections:
+                tally.add(correction.booked.record, correction.lines)
+        return tally.message()
 
     async def _book(self, order: Order, cause: str, lease: Lease) -> None:
         corrector = Corrector(self._ledger, self._tenant, cause)
@@ -183,6 +185,16 @@ async def _events(
     first = timestamp(min(starts))
     async for row in connection.cursor(_EVENTS, tenant, cause, customer, first, starts, prefetch=PREFETCH):
         yield booked(row)
+
+
+def _same(earlier: str | None, order: Order, key: str) -> Order:
+    """A repeated key is compared, not just recognised; what was 'now' for the first call is so for all."""
+    if earlier is None:
+        return order
+    first = msgspec.json.decode(earlier, type=Order)
+    if not first.same(order):
+        raise IdempotencyMismatch(key)
+    return first
 
 
 def _times(request: pb.RerateRequest) -> Iterator[int]:

@@ -371,6 +371,35 @@ async def test_a_run_that_broke_off_is_carried_on(shop: Rig, monkeypatch: pytest
     assert (await verified(shop)).total_nanos == 50 * 1_000 * NEW
 
 
+async def test_calls_at_the_same_time_correct_each_event_once(shop: Rig) -> None:
+    now_ms = await shop.hot.now_ms()
+    await customer(shop, "bob", now_ms)
+    await grant(shop, "bob", 100 * USD, now_ms)
+    await record(shop, [usage("bob", f"k{n}", 1_000, now_ms - DAY + n) for n in range(200)])
+    await shop.stub.PutRateCard(since(card("llm", {"input.tokens": 2 * USD}), now_ms - 5 * DAY))
+    keys = ("same", "same", "other")
+    reports = await asyncio.gather(*(shop.stub.Rerate(order(now_ms, key=key)) for key in keys))
+    assert reports[0] == reports[1] and {reports[0].events, reports[2].events} == {200, 0}
+    assert await shop.value("SELECT count(*) FROM corrections") == 200
+    assert (await verified(shop)).total_nanos == 200 * 1_000 * NEW
+
+
+async def test_a_price_beyond_all_bounds_books_nothing(shop: Rig) -> None:
+    now_ms = await shop.hot.now_ms()
+    await customer(shop, "bob", now_ms)
+    events = [usage("bob", f"k{n}", 10**6, now_ms - DAY + n) for n in range(20)]
+    await record(shop, events)
+    await shop.stub.PutRateCard(since(card("llm", {"input.tokens": 10**12}, per=1), now_ms - 5 * DAY))
+    for call in (shop.stub.PreviewRerate, shop.stub.Rerate):
+        code, text = await refusal(call(order(now_ms)))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT and "bound" in text
+    assert await shop.value("SELECT count(*) FROM audit WHERE action = 'Rerate'") == 0
+    assert (await verified(shop)).total_nanos == 20 * 10**6 * OLD
+    # The key is not burned: with a sane price it does what it was meant for.
+    await shop.stub.PutRateCard(since(card("llm", {"input.tokens": 2 * USD}), now_ms - 4 * DAY))
+    assert (await shop.stub.Rerate(order(now_ms))).events == 20
+
+
 async def test_a_key_stands_for_one_request(shop: Rig) -> None:
     now_ms = await shop.hot.now_ms()
     await customer(shop, "bob", now_ms)
