@@ -59,17 +59,23 @@ FROM (SELECT customer, sum(amount) AS amount FROM (
           WHERE tenant = $1 AND ($2 = '' OR customer = $2)) booked GROUP BY customer) u
      FULL JOIN (SELECT t.customer, sum(e.amount) AS amount FROM entries e JOIN transactions t ON t.id = e.transaction_id
                 WHERE t.tenant = $1 AND ($2 = '' OR t.customer = $2) AND e.account LIKE 'revenue:%'
-                      AND t.kind <> 'commit'
+                      AND e.account <> 'revenue:=commit'
                 GROUP BY t.customer) r USING (customer)
 WHERE coalesce(u.amount, 0) <> coalesce(r.amount, 0)"""
 
-# Every period's meters come to what the period has settled. Meters of a ledger older than this figure have none.
+# Every period's meters come to what its events have been charged.
 _METERS: Final = """
-SELECT customer, 'metered:' || period_start AS part, m.amount::bigint AS projected, p.settled AS entries
-FROM account_periods p JOIN (SELECT customer, period_start, sum(amount) AS amount FROM meters
-                             WHERE tenant = $1 AND ($2 = '' OR customer = $2) GROUP BY 1, 2) m
-     USING (customer, period_start)
-WHERE p.tenant = $1 AND ($2 = '' OR p.customer = $2) AND m.amount <> p.settled"""
+SELECT customer, 'metered:' || period_start AS part, coalesce(m.amount, 0)::bigint AS projected,
+       coalesce(s.amount, 0)::bigint AS entries
+FROM (SELECT customer, period_start, sum(amount) AS amount FROM meters
+      WHERE tenant = $1 AND ($2 = '' OR customer = $2) GROUP BY 1, 2) m
+     FULL JOIN (SELECT customer, period_start, sum(amount) AS amount FROM (
+                    SELECT customer, period_start, amount FROM usage_events
+                    WHERE tenant = $1 AND ($2 = '' OR customer = $2)
+                    UNION ALL SELECT customer, period_start, difference FROM corrections
+                    WHERE tenant = $1 AND ($2 = '' OR customer = $2)) booked GROUP BY 1, 2) s
+                USING (customer, period_start)
+WHERE coalesce(m.amount, 0) <> coalesce(s.amount, 0)"""
 
 _UNBALANCED: Final = """
 SELECT count(*) FROM (

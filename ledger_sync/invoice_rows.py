@@ -176,7 +176,7 @@ async def _book_true_up(connection: Connection, account: Locked, invoice: str, f
             key=invoice,
             credit_type=facts.credit_type,
             version=0,
-            entries=(receivable, Entry("revenue:minimum_commit", facts.true_up)),
+            entries=(receivable, Entry("revenue:=commit", facts.true_up)),
             event_ms=min(facts.span.end, account.now_ms),
         ),
     )

@@ -58,6 +58,7 @@ def plan(stub: LedgerAdminStub, catalogue: Catalogue) -> list[Step]:
     customers = {message.id: message for page in pages(stub.ListCustomers) for message in page.customers}
     contracts = {message.id: message for page in pages(stub.ListContracts) for message in page.contracts}
     grants = {message.id: message for page in pages(stub.ListGrants) for message in page.grants}
+    grants |= {message.id: message for page in pages(stub.ListRecurringGrants) for message in page.grants}
     known: dict[Kind, Collection[str]] = {
         "feature": {*features, *(item.id for item in catalogue.features)},
         "rate card": {*(card.id for card in versions), *(item.id for item in catalogue.rate_cards)},

@@ -20,6 +20,7 @@ DIMENSION: Final = Alphabet(is_value, "1..128 of A-Z a-z 0-9 . _ ~ @ / + -")
 FEATURE_KINDS: Final = {"metered": pb.Feature.METERED, "boolean": pb.Feature.BOOLEAN, "static": pb.Feature.STATIC}
 STATUSES: Final = {"active": pb.Customer.ACTIVE, "suspended": pb.Customer.SUSPENDED, "closed": pb.Customer.CLOSED}
 BILLINGS: Final = {"prepaid": pb.Contract.PREPAID, "arrears": pb.Contract.ARREARS, "trial": pb.Contract.TRIAL}
+VIAS: Final = {"direct": pb.TopUp.DIRECT, "webhook": pb.TopUp.WEBHOOK}
 MODELS: Final = {
     "per_unit": pb.Rate.PER_UNIT,
     "graduated": pb.Rate.GRADUATED,

@@ -3,24 +3,25 @@
     features:    [{key, kind, unit, shadow, value}]
     rate_cards:  [{id, credit_type, effective_at, rates: [{feature, match: {dimension: value}, model, per,
                    price  or  tiers: [{up_to, price, flat}]}]}]
-    customers:   [{id or range: {prefix, from, to, width}, name, status, subjects, contract: {...}, grants: [{...}]}]
-    contracts:   [{id, customer, rate_card, billing, allowance, gate_percent, thresholds, quotas, ...}]
-    grants:      [{id, customer, amount, category, priority, ...}]
+    customers:   [{id or range: {prefix, from, to, width}, name, status, subjects: [id or {id, limit, period}],
+                   contract: {...}  or  contracts: [{...}], grants: [{...}]}]
+    contracts:   [{id, customer, rate_card, overrides, billing, allowance, seats, minimum_commit, top_up, ...}]
+    grants:      [{id, customer, amount, category, priority, recurrence, rollover_max, ...}]
 
-A customer's own `contract` and `grants` are templates, made for a `range` of customers: their `customer` is that
-customer and their id '<customer>-<id>' (of a contract without an id '<customer>-contract').
+A customer's own `contract`, `contracts` and `grants` are templates, made for a `range` of customers: their `customer`
+is that customer and their id '<customer>-<id>' (of a `contract` without an id '<customer>-contract').
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Final
 
-from entitlement.account import DEFAULT_THRESHOLDS, MAX_PERCENT
+from entitlement.account import MAX_PERCENT
 from entitlement.identity import is_id, is_name
-from entitlement.quantity import MAX_CUMULATIVE, MAX_FLAT, MAX_PER, MAX_PRICE, MAX_QUANTITY
-from entitlement.rating import MAX_TIERS
+from entitlement.quantity import MAX_PER, MAX_QUANTITY
 from entitlement.v1 import ledger_pb2 as pb
+from gateway.cli import catalogue_parts as parts
 from gateway.cli.catalogue import (
     BILLINGS,
     CATEGORIES,
@@ -38,9 +39,8 @@ from gateway.cli.catalogue import (
 )
 from gateway.cli.yaml_source import Alphabet, BadFile, Fault, Fields, Value, Where, read_root
 
-MAX_RANGE: Final = 100_000  # customers in one range
-MAX_NUMBER: Final = 10**9
 MAX_PRIORITY: Final = 2**31 - 1
+MAX_SEATS: Final = 10_000_000
 
 
 def read_catalogue(file: str, data: bytes) -> Catalogue:
@@ -106,34 +106,39 @@ class _Reader:
             rates=[self._rate(rate) for rate in rates],
         )
         meters = (f"{rate.feature} {sorted(rate.match.items())}" for rate in message.rates)
-        _distinct(rates, meters, "a feature and match that no other rate of the card has")
+        parts.distinct(rates, meters, "a feature and match that no other rate of the card has")
         self.catalogue.rate_cards.append(Item(message.id, message, self._once("rate card", message.id, f["id"])))
 
     def customer(self, value: Value) -> None:
-        f = value.fields("id", "range", "name", "status", "subjects", "contract", "grants")
+        f = value.fields("id", "range", "name", "status", "subjects", "contract", "contracts", "grants")
         given = f.get("id") or f.get("range")
         if given is None or (f.get("id") and f.get("range")):
             raise Fault(value.where, "both id and range" if given else "neither id nor range", "one of them")
-        subjects = _names(f.items("subjects"), ID)
-        for customer in [given.text(ID)] if f.get("id") else _range(given):
+        subjects = parts.subjects(f.items("subjects"))
+        if f.get("contract") and (stray := f.get("contracts")):
+            raise Fault(stray.where, "contracts beside a contract", "one of them")
+        for customer in [given.text(ID)] if f.get("id") else parts.numbered(given):
             message = pb.Customer(
                 id=customer,
                 name=f.text("name"),
                 status=f.choice("status", STATUSES, pb.Customer.ACTIVE),
-                subjects=[pb.Subject(id=subject) for subject in subjects],
+                subjects=subjects,
             )
             self.catalogue.customers.append(Item(customer, message, self._once("customer", customer, given)))
             if template := f.get("contract"):
+                self.contract(template, customer, "contract")
+            for template in f.items("contracts"):
                 self.contract(template, customer)
             for template in f.items("grants"):
                 self.grant(template, customer)
 
-    def contract(self, value: Value, owner: str = "") -> None:
+    def contract(self, value: Value, owner: str = "", default: str = "") -> None:
         f = value.fields(
             *("id", "customer", "rate_card", "billing", "allowance", "gate_percent", "thresholds", "quotas"),
-            *("entitled_features", "effective_at", "period", "anchor"),
+            *("entitled_features", "effective_at", "period", "anchor", "ends_at", "overrides", "seats"),
+            *("allowance_per_seat", "minimum_commit", "top_up"),
         )
-        id_, customer = self._of(f, owner, "contract")
+        id_, customer = self._of(f, owner, default)
         billing = f.choice("billing", BILLINGS, pb.Contract.PREPAID)
         arrears = billing == pb.Contract.ARREARS
         if not arrears and (stray := f.get("allowance")):
@@ -145,33 +150,44 @@ class _Reader:
             rate_card=self._reference("rate card", f["rate_card"], ID),
             billing=billing,
             gate_percent=f.integer("gate_percent", 1, MAX_PERCENT, 150 if arrears else 100),
-            thresholds=[pb.Threshold(percent=percent) for percent in _thresholds(f)],
+            thresholds=[pb.Threshold(percent=percent) for percent in parts.thresholds(f)],
             quotas=[self._quota(quota) for quota in quotas],
             entitled_features=self._features(f.items("entitled_features")),
             effective_at=f.time("effective_at"),
             period=f.choice("period", RECURRENCES, pb.MONTH),
             anchor=f.time("anchor"),
             allowance_nanos=f.amount("allowance"),
+            ends_at=f.time("ends_at"),
+            overrides=self._overrides(f.items("overrides")),
+            seats=f.integer("seats", 0, MAX_SEATS),
+            allowance_per_seat_nanos=f.amount("allowance_per_seat"),
+            minimum_commit_nanos=f.amount("minimum_commit"),
+            top_up=parts.top_up(rule) if (rule := f.get("top_up")) else None,
         )
-        _distinct(quotas, (quota.feature for quota in message.quotas), "one quota for each feature")
+        parts.distinct(quotas, (quota.feature for quota in message.quotas), "one quota for each feature")
         self.catalogue.contracts.append(Item(id_, message, self._once("contract", id_, f.get("id") or value)))
 
     def grant(self, value: Value, owner: str = "") -> None:
         f = value.fields(
             *("id", "customer", "amount", "category", "priority", "effective_at", "expires_at", "features"),
-            "note",
+            *("note", "recurrence", "rollover_max"),
         )
         id_, customer = self._of(f, owner, "")
+        recurrence = f.choice("recurrence", RECURRENCES, pb.NEVER)
+        if recurrence == pb.NEVER and (stray := f.get("rollover_max")):
+            raise Fault(stray.where, "a rollover", "a recurrence with it: nothing follows a grant that does not recur")
         message = pb.Grant(
             id=id_,
             customer=customer,
             amount_nanos=f["amount"].amount(),
-            category=f.choice("category", CATEGORIES, pb.Grant.PAID),
+            category=f.choice("category", CATEGORIES, pb.Grant.PAID if recurrence == pb.NEVER else pb.Grant.ALLOTMENT),
             priority=f.integer("priority", 0, MAX_PRIORITY),
             effective_at=f.time("effective_at"),
             expires_at=f.time("expires_at"),
             features=self._features(f.items("features")),
             note=f.text("note"),
+            recurrence=recurrence,
+            rollover_max_nanos=f.amount("rollover_max"),
         )
         if not message.amount_nanos:
             raise f["amount"].fault("an amount above zero")
@@ -189,6 +205,12 @@ class _Reader:
             raise (given or f.owner).fault(f"a text that makes, after {owner!r} and '-', {ID.expected}")
         return joined, owner
 
+    def _overrides(self, values: list[Value]) -> list[pb.Rate]:
+        rates = [self._rate(value) for value in values]
+        meters = (f"{rate.feature} {sorted(rate.match.items())}" for rate in rates)
+        parts.distinct(values, meters, "a feature and match that no other rate of the contract has")
+        return rates
+
     def _rate(self, value: Value) -> pb.Rate:
         f = value.fields("feature", "match", "model", "price", "per", "tiers")
         match = f.pairs("match")
@@ -201,7 +223,7 @@ class _Reader:
             match={name: dimension.text(DIMENSION) for name, dimension in match.items()},
             model=model,
             per=f.integer("per", 1, MAX_PER, 1),
-            tiers=_tiers(f) if model in (pb.Rate.GRADUATED, pb.Rate.VOLUME) else [_single_tier(f)],
+            tiers=parts.tiers(f) if model in (pb.Rate.GRADUATED, pb.Rate.VOLUME) else [parts.single_tier(f)],
         )
 
     def _quota(self, value: Value) -> pb.QuotaLimit:
@@ -216,7 +238,7 @@ class _Reader:
     def _features(self, values: list[Value]) -> list[str]:
         for value in values:
             self._reference("feature", value, NAME)
-        return _names(values, NAME)
+        return parts.names(values, NAME)
 
     def _reference(self, kind: Kind, value: Value, alphabet: Alphabet) -> str:
         text = value.text(alphabet)
@@ -228,71 +250,3 @@ class _Reader:
             raise Fault(value.where, f"the {kind} {id_!r} again", f"it once (it is on line {first.line} too)")
         self._seen[kind, id_] = value.where
         return value.where
-
-
-def _range(value: Value) -> list[str]:
-    """The ids of {prefix: cust-, from: 1, to: 50, width: 4}: cust-0001 .. cust-0050."""
-    f = value.fields("prefix", "from", "to", "width")
-    prefix, width = f["prefix"].text(ID), f.integer("width", 1, 12, 1)
-    low, high = f["from"].integer(0, MAX_NUMBER), f["to"].integer(0, MAX_NUMBER)
-    if not low <= high < low + MAX_RANGE:
-        raise f["to"].fault(f"a number from {low} to {low + MAX_RANGE - 1}")
-    ids = [f"{prefix}{number:0{width}d}" for number in range(low, high + 1)]
-    if not is_id(ids[-1]):
-        raise f["prefix"].fault(f"a text that makes, with its number, {ID.expected}")
-    return ids
-
-
-def _single_tier(f: Fields) -> pb.Tier:
-    if stray := f.get("tiers"):
-        raise Fault(stray.where, "tiers", "a price: only the models graduated and volume have tiers")
-    return pb.Tier(price_nanos=f["price"].amount(MAX_PRICE))
-
-
-def _tiers(f: Fields) -> list[pb.Tier]:
-    """Ascending; only the last one has no `up_to`."""
-    if stray := f.get("price"):
-        raise Fault(stray.where, "a price", "tiers: the models graduated and volume have their prices there")
-    given = f["tiers"].items()
-    if not 1 <= len(given) <= MAX_TIERS:
-        raise f["tiers"].fault(f"1..{MAX_TIERS} tiers")
-    tiers: list[pb.Tier] = []
-    for value in given:
-        tier = value.fields("up_to", "price", "flat")
-        above = tiers[-1].up_to if tiers else 0
-        if (end := tier.get("up_to")) is None and value is not given[-1]:
-            raise value.fault("up_to: only the last tier has no end")
-        if end is not None and value is given[-1]:
-            raise end.fault("no up_to: the last tier has no end")
-        tiers.append(
-            pb.Tier(
-                up_to=end.integer(above + 1, MAX_CUMULATIVE) if end is not None else 0,
-                price_nanos=tier["price"].amount(MAX_PRICE),
-                flat_nanos=flat.amount(MAX_FLAT) if (flat := tier.get("flat")) is not None else 0,
-            )
-        )
-    return tiers
-
-
-def _thresholds(f: Fields) -> list[int]:
-    given = f.get("thresholds")
-    if given is None:
-        return list(DEFAULT_THRESHOLDS)
-    percents = [value.integer(1, MAX_PERCENT) for value in given.items()]
-    _distinct(given.items(), map(str, percents), "each threshold once")
-    return sorted(percents) or list(DEFAULT_THRESHOLDS)
-
-
-def _names(values: list[Value], alphabet: Alphabet) -> list[str]:
-    """Names, sorted, each once."""
-    names = [value.text(alphabet) for value in values]
-    _distinct(values, names, "each name once")
-    return sorted(names)
-
-
-def _distinct(values: list[Value], texts: Iterable[str], expected: str) -> None:
-    seen: set[str] = set()
-    for value, text in zip(values, texts, strict=True):
-        if text in seen:
-            raise value.fault(expected)
-        seen.add(text)

@@ -52,11 +52,12 @@ def _feature(entry: pb.Feature) -> dict[str, str]:
 
 
 def _rate_card(entry: pb.RateCard) -> dict[str, str]:
-    rates = {
-        " ".join(filter(None, (rate.feature, show.dimensions(rate.match.items())))): _price(rate)
-        for rate in entry.rates
-    }
-    return {"credit_type": entry.credit_type, "effective_at": show.moment(entry.effective_at)} | rates
+    return {"credit_type": entry.credit_type, "effective_at": show.moment(entry.effective_at)} | _rates(entry.rates)
+
+
+def _rates(rates: Iterable[pb.Rate]) -> dict[str, str]:
+    """Each price, by what it is for."""
+    return {" ".join(filter(None, (rate.feature, show.dimensions(rate.match.items())))): _price(rate) for rate in rates}
 
 
 def _price(rate: pb.Rate) -> str:
@@ -77,8 +78,15 @@ def _customer(entry: pb.Customer) -> dict[str, str]:
     return {
         "name": entry.name or "-",
         "status": pb.Customer.Status.Name(entry.status),
-        "subjects": _joined(subject.id for subject in entry.subjects),
+        "subjects": _joined(map(_subject, entry.subjects)),
     }
+
+
+def _subject(entry: pb.Subject) -> str:
+    if not entry.limit_nanos:
+        return entry.id
+    period = pb.Recurrence.Name(entry.period or pb.MONTH)
+    return f"{entry.id} {format_amount(entry.limit_nanos)} a {period}"
 
 
 def _contract(entry: pb.Contract) -> dict[str, str]:
@@ -86,7 +94,7 @@ def _contract(entry: pb.Contract) -> dict[str, str]:
         f"quota {quota.feature}": f"{quota.limit} {pb.Recurrence.Name(quota.period)}{' soft' if quota.soft else ''}"
         for quota in entry.quotas
     }
-    return {
+    terms = {
         "customer": entry.customer,
         "rate_card": entry.rate_card,
         "billing": pb.Contract.Billing.Name(entry.billing),
@@ -97,7 +105,20 @@ def _contract(entry: pb.Contract) -> dict[str, str]:
         "period": pb.Recurrence.Name(entry.period),
         "effective_at": show.moment(entry.effective_at),
         "anchor": show.moment(entry.anchor),
-    } | quotas
+        "ends_at": show.moment(entry.ends_at),
+        "seats": str(entry.seats),
+        "allowance_per_seat": format_amount(entry.allowance_per_seat_nanos),
+        "minimum_commit": format_amount(entry.minimum_commit_nanos),
+        "top_up": _top_up(entry.top_up) if entry.HasField("top_up") else "-",
+    }
+    overrides = {f"override {meter}": price for meter, price in _rates(entry.overrides).items()}
+    return terms | overrides | quotas
+
+
+def _top_up(rule: pb.TopUp) -> str:
+    cap = f", at most {format_amount(rule.monthly_cap_nanos)} a month" if rule.monthly_cap_nanos else ""
+    via = pb.TopUp.Via.Name(rule.via or pb.TopUp.DIRECT).lower()
+    return f"{format_amount(rule.amount_nanos)} below {format_amount(rule.below_nanos)}{cap} {via}"
 
 
 def _grant(entry: pb.Grant) -> dict[str, str]:
@@ -110,6 +131,8 @@ def _grant(entry: pb.Grant) -> dict[str, str]:
         "effective_at": show.moment(entry.effective_at),
         "expires_at": show.moment(entry.expires_at),
         "note": entry.note or "-",
+        "recurrence": pb.Recurrence.Name(entry.recurrence or pb.NEVER),
+        "rollover_max": format_amount(entry.rollover_max_nanos),
     }
 
 

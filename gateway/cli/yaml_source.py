@@ -70,6 +70,10 @@ class Value:
         self.node = node
         self.where = Where(line or node.start_mark.line + 1, path)
 
+    @property
+    def is_mapping(self) -> bool:
+        return isinstance(self.node, yaml.MappingNode)
+
     def fault(self, expected: str) -> Fault:
         return Fault(self.where, self._found(), expected)
 

@@ -163,7 +163,7 @@ CONTROL_PLANE = {
     "span of a re-rating": rerate.MAX_DAYS,
     "a page": translate.MAX_PAGE_SIZE,
     "a message, metadata, calls": admin_server.MAX_CALLS,
-    "a catalogue file": catalogue_file.MAX_RANGE,
+    "a catalogue file": catalogue_parts.MAX_RANGE,
 }
 
 
@@ -195,7 +195,7 @@ def test_limits_that_share_a_row_are_alike() -> None:
     assert (contracts.MAX_ENTITLED, catalog_messages.MAX_VALUE_BYTES, admin.MAX_ACTOR_BYTES) == (256, 1_024, 128)
     assert bootstrap.MAX_STREAMS == grpcio.MAX_STREAMS and bootstrap.MAX_HEADERS_KB == 16
     assert admin_server.MAX_MESSAGE_BYTES == 4 << 20 and admin_server.MAX_METADATA_BYTES == 16 << 10
-    assert yaml_source.MAX_FILE_BYTES == 8 << 20 and yaml_source.MAX_ITEMS == catalogue_file.MAX_RANGE
+    assert yaml_source.MAX_FILE_BYTES == 8 << 20 and yaml_source.MAX_ITEMS == catalogue_parts.MAX_RANGE
     assert usage.BACKFILL_MS // periods.DAY == 3_653 and catalog.Kind.METERED == ledger_pb2.Feature.METERED
 
 
