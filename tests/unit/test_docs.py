@@ -17,7 +17,7 @@ from entitlement import account, catalog, decision, identity, periods, quantity,
 from entitlement.v1 import events_pb2, gateway_pb2, ledger_pb2
 from gateway import service
 from gateway import settings as gateway_settings
-from gateway.cli import catalogue_file, main, yaml_source
+from gateway.cli import catalogue_parts, main, yaml_source
 from gateway.cli.catalogue_file import read_catalogue
 from gateway.cli.yaml_source import BadFile
 from gateway.transport import asgi, bootstrap, grpcio
