@@ -130,7 +130,7 @@ async def _correct(connection: Connection, account: Locked, chunk: Sequence[Corr
         at_ms = min(was.event_ms, was.recorded_ms)
         lines = [purse.reburned(*pair, at_ms) for pair in zip(was.lines, correction.lines, strict=True)]
         record = msgspec.structs.replace(was, lines=tuple(lines), rate_version=correction.rate_version)
-        cycles.setdefault(was.period_start, Cycle(was.period_start)).add(was, record)
+        cycles.setdefault(was.period_start, Cycle(was.period_start)).add(was, record, correction.booked.posted.subject)
         records.append(record)
     versions = {
         start: await hot_deltas.decide(connection, account.tenant, account.customer, cycle.change())

@@ -153,14 +153,15 @@ def compensation(record: Consumed, current: int, subject: str = "") -> Change:
     overage = taken.pop(OVERAGE, 0)
     counted = record.period_start == record.cycle_start == current
     amount = sum(line.amount for line in record.lines)
+    at_ms = min(record.event_ms, record.recorded_ms)  # What is ahead of the hot store's clock was counted as of now.
     return Change(
         grants=tuple(sorted(taken.items())),
         overage=-overage,
         settled=-amount if counted else 0,
         meters=tuple(sorted(meters.items())) if counted else (),
-        used=tuple(Used(feature_of(meter), units, record.recorded_ms) for meter, units in sorted(meters.items())),
+        used=tuple(Used(feature_of(meter), units, at_ms) for meter, units in sorted(meters.items())),
         cycle=record.period_start,
-        subjects=(UsedBySubject(subject, -amount, min(record.event_ms, record.recorded_ms)),) if subject else (),
+        subjects=(UsedBySubject(subject, -amount, at_ms),) if subject else (),
     )
 
 

@@ -39,6 +39,17 @@ async def derive(connection: Connection, tenant: str, contract: pb.Contract, now
         await rate_cards.count_up(connection, tenant)
 
 
+async def derived_from(connection: Connection, tenant: str, card: str) -> list[str]:
+    """The cards that contracts, past and present, derive from one."""
+    rows = await connection.fetch(
+        """SELECT body FROM contracts c WHERE tenant = $1
+           AND EXISTS (SELECT 1 FROM rate_cards r WHERE r.tenant = c.tenant AND r.id = '=' || c.id) ORDER BY id""",
+        tenant,
+    )
+    contracts = [pb.Contract.FromString(row["body"]) for row in rows]
+    return [f"{DERIVED}{contract.id}" for contract in contracts if contract.rate_card == card]
+
+
 async def follow(connection: Connection, tenant: str, card: RateCard) -> None:
     """A new version of a rate card is one of every card that is derived from it."""
     rows = await connection.fetch("SELECT body FROM contracts WHERE tenant = $1 AND state < 2 ORDER BY id", tenant)

@@ -51,7 +51,12 @@ async def _metered(connection: Connection, tenant: str, customer: str, feature: 
 async def _counted(connection: Connection, tenant: str, customer: str, feature: str, start_ms: int) -> int:
     units = 0
     cursor = connection.cursor(
-        "SELECT record FROM usage_events WHERE tenant = $1 AND customer = $2 AND event_time >= $3",
+        """SELECT coalesce(c.record, u.record) AS record
+           FROM usage_events u
+                LEFT JOIN LATERAL (SELECT record FROM corrections c
+                                   WHERE c.tenant = u.tenant AND c.idempotency_key = u.idempotency_key
+                                   ORDER BY no DESC LIMIT 1) c ON true
+           WHERE u.tenant = $1 AND u.customer = $2 AND u.event_time >= $3""",
         *(tenant, customer, timestamp(start_ms)),
         prefetch=1_000,
     )

@@ -112,8 +112,13 @@ class Cycle(msgspec.Struct):
     settled: int = 0
     meters: dict[str, list[int]] = {}  # units and nanos
     used: list[hot_deltas.Used] = []
+    subjects: list[hot_deltas.UsedBySubject] = []
 
-    def add(self, was: Consumed, now: Consumed) -> None:
+    def add(self, was: Consumed, now: Consumed, subject: str) -> None:
+        at_ms = min(was.event_ms, was.recorded_ms)
+        if subject:
+            difference = sum(line.amount for line in now.lines) - sum(line.amount for line in was.lines)
+            self.subjects.append(hot_deltas.UsedBySubject(subject, difference, at_ms))
         for record, sign in ((was, -1), (now, 1)):
             for line in record.lines:
                 meter = self.meters.setdefault(line.meter, [0, 0])
@@ -127,7 +132,7 @@ class Cycle(msgspec.Struct):
                         self.grants[burn.grant] = self.grants.get(burn.grant, 0) - sign * burn.amount
         for before, after in zip(was.lines, now.lines, strict=True):
             if before.quantity != after.quantity:
-                units, at_ms = after.quantity - before.quantity, min(was.event_ms, was.recorded_ms)
+                units = after.quantity - before.quantity
                 self.used.append(hot_deltas.Used(hot_deltas.feature_of(before.meter), units, at_ms))
 
     def change(self) -> hot_deltas.Change:
@@ -138,4 +143,5 @@ class Cycle(msgspec.Struct):
             meters=tuple(sorted((meter, units) for meter, (units, _) in self.meters.items() if units)),
             used=tuple(self.used),
             cycle=self.start,
+            subjects=tuple(self.subjects),
         )

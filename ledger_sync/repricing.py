@@ -29,9 +29,11 @@ class Order(msgspec.Struct, frozen=True):
     from_ms: int
     to_ms: int
     until_ms: int
+    cards: tuple[str, ...] = ()  # the rate card, and those that contracts with rates of their own derive from it
 
     def same(self, other: Order) -> bool:
-        return msgspec.structs.replace(self, until_ms=0) == msgspec.structs.replace(other, until_ms=0)
+        mine, others = (msgspec.structs.replace(order, until_ms=0, cards=()) for order in (self, other))
+        return mine == others
 
 
 class Repricing:
@@ -67,7 +69,7 @@ class Repricing:
         record, order = event.record, self._order
         return (
             not event.done
-            and record.plan == order.rate_card
+            and record.plan in order.cards
             and order.from_ms <= record.event_ms < order.until_ms
             and any(line.quantity for line in record.lines)
         )

@@ -18,7 +18,7 @@ from entitlement.identity import check_id
 from entitlement.journal import Consumed, decode
 from entitlement.periods import DAY
 from entitlement.v1 import ledger_pb2 as pb
-from ledger_sync import changes
+from ledger_sync import changes, overrides
 from ledger_sync.catalogs import CatalogStore
 from ledger_sync.corrections import BOOKED, LEASE, PLAN, Corrector, booked
 from ledger_sync.hot_store import HotStore
@@ -41,12 +41,12 @@ _CUSTOMERS: Final = """
 SELECT a.customer FROM accounts a
 WHERE a.tenant = $1 AND ($2 = '' OR a.customer = $2)
       AND EXISTS (SELECT 1 FROM usage_events u WHERE u.tenant = $1 AND u.customer = a.customer AND u.event_time >= $3
-                                                     AND u.event_time < $4 AND u.rate_card = $5)
+                                                     AND u.event_time < $4 AND u.rate_card = ANY($5::text[]))
 ORDER BY a.customer"""
 
 _PERIODS: Final = """
 SELECT DISTINCT period_start FROM usage_events
-WHERE tenant = $1 AND customer = $2 AND event_time >= $3 AND event_time < $4 AND rate_card = $5"""
+WHERE tenant = $1 AND customer = $2 AND event_time >= $3 AND event_time < $4 AND rate_card = ANY($5::text[])"""
 
 _EVENTS: Final = f"""{BOOKED}
 WHERE u.tenant = $1 AND u.customer = $3 AND u.event_time >= $4 AND u.period_start = ANY($5::bigint[])
@@ -112,6 +112,7 @@ class Rerates:
             card = await connection.fetchval(
                 "SELECT 1 FROM rate_cards WHERE tenant = $1 AND id = $2 LIMIT 1", self._tenant, request.rate_card
             )
+            cards = (request.rate_card, *await overrides.derived_from(connection, self._tenant, request.rate_card))
         if not card:
             raise NotFound("rate_card", f"there is no rate card {request.rate_card!r}")
         if not known:
@@ -121,7 +122,7 @@ class Rerates:
         if until_ms - from_ms > MAX_DAYS * DAY:
             days = -(-(until_ms - from_ms) // DAY)
             raise InvalidArgument("to", f"is {days} days after from; expected at most {MAX_DAYS}")
-        return Order(request.customer, request.rate_card, from_ms, to_ms, until_ms)
+        return Order(request.customer, request.rate_card, from_ms, to_ms, until_ms, cards)
 
     async def _audited(self, action: str, key: str) -> str | None:
         async with self._ledger.transaction(readonly=True) as connection:
@@ -157,7 +158,7 @@ class Rerates:
     async def _corrections(self, order: Order, cause: str) -> AsyncGenerator[Correction, None]:
         """Of one state of the ledger. Nobody else corrects meanwhile; what else comes in comes after it."""
         prices = PriceList((await self._catalogs.snapshot()).tenants[0])
-        between = timestamp(order.from_ms), timestamp(order.until_ms), order.rate_card
+        between = timestamp(order.from_ms), timestamp(order.until_ms), list(order.cards)
         async with self._ledger.transaction(isolation="repeatable_read", readonly=True) as connection:
             await connection.execute(PLAN)
             for row in await connection.fetch(_CUSTOMERS, self._tenant, order.customer, *between):

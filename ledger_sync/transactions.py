@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from ledger_sync.ledger import Connection, Ledger, Row
 
 
+_INVOICE = """
+SELECT id FROM invoices WHERE tenant = $1 AND customer = $2 AND period_start = $3 AND status = 2
+ORDER BY created_at DESC LIMIT 1"""
+
+
 class TransactionStore:
     """Reads only."""
 
@@ -45,7 +50,9 @@ class TransactionStore:
         return response
 
     async def explain(self, request: ledger_pb2.ExplainRequest) -> ledger_pb2.Explanation:
-        """The event under a key as it was asked, decided, priced and booked. NotFound: the ledger has none."""
+        """The event under a key: as it was asked and decided, as it is priced now, every transaction that books or
+        corrects it, and the final invoice of its period. NotFound: the ledger has none.
+        """
         check_id("idempotency_key", request.idempotency_key)
         if request.customer:
             check_id("customer", request.customer)
@@ -59,18 +66,30 @@ class TransactionStore:
                 raise NotFound("idempotency_key", f"the ledger has no event {request.idempotency_key!r}")
             record = decode(row["record"])
             assert isinstance(record, Consumed), "an event's record is a consumption"
-            booked = await connection.fetch(
-                """SELECT * FROM transactions WHERE tenant = $1 AND (id = $2 OR reverses = $2) ORDER BY id""",
-                *(self._tenant, row["transaction_id"]),
+            corrections = await connection.fetch(
+                """SELECT record, reversal, rebooking FROM corrections WHERE tenant = $1 AND idempotency_key = $2
+                   ORDER BY no""",
+                *(self._tenant, request.idempotency_key),
             )
-            rates = await self._rates(connection, record)
+            numbers = [row["transaction_id"], *(no for item in corrections for no in (item[1], item[2]))]
+            booked = await connection.fetch(
+                "SELECT * FROM transactions WHERE id = ANY($1::bigint[]) ORDER BY id",
+                [number for number in numbers if number is not None],
+            )
+            now = decode(corrections[-1]["record"]) if corrections else record
+            assert isinstance(now, Consumed), "an event's record is a consumption"
+            rates = await self._rates(connection, now)
             transactions = await _messages(connection, booked)
+            invoice: str | None = await connection.fetchval(
+                _INVOICE, self._tenant, record.customer, record.period_start
+            )
         event = gateway_pb2.CheckAndConsumeRequest.FromString(record.request)
         return ledger_pb2.Explanation(
             event=event,
             decision=_decision(record, event),
-            rate=_rate_text(record, rates),
+            rate=_rate_text(now, rates),
             transactions=transactions,
+            invoice=invoice or "",
             thresholds_crossed=[crossing.percent for crossing in record.crossings if crossing.up],
         )
 

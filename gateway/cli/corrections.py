@@ -10,27 +10,15 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from entitlement.quantity import format_amount
 from entitlement.v1.ledger_pb2 import Backfill, BackfillRequest, RerateReport, RerateRequest
 from gateway.cli import calls, show
-from gateway.cli.options import admin_option
+from gateway.cli.options import admin_option, moment
 
 CORRECT_DEADLINE_S: Final = 600.0  # a call that broke off is carried on by the same call
 
 
-def _time(context: click.Context, option: click.Parameter, text: str) -> Timestamp | None:
-    """RFC 3339, or a date for its midnight in UTC."""
-    if not text:
-        return None
-    time = Timestamp()
-    try:
-        time.FromJsonString(text if "T" in text else f"{text}T00:00:00Z")
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not a time such as 2026-11-01 or 2026-11-01T13:00:00Z") from None
-    return time
-
-
 @click.command("rerate")
 @click.argument("rate_card")
-@click.option("--from", "since", required=True, callback=_time, metavar="TIME", help="Of the first events.")
-@click.option("--to", "until", default="", callback=_time, metavar="TIME", help="Of the first events beyond; now.")
+@click.option("--from", "since", required=True, callback=moment, metavar="TIME", help="Of the first events.")
+@click.option("--to", "until", default="", callback=moment, metavar="TIME", help="Of the first events beyond; now.")
 @click.option("--customer", default="", help="One of them; all by default.")
 @click.option("--preview", is_flag=True, help="Only say what would be booked.")
 @click.option("--key", default="", help="The idempotency key: needed to book; the same again books nothing more.")

@@ -16,7 +16,7 @@ from entitlement.quantity import format_amount
 from entitlement.v1.ledger_pb2 import GetInvoiceRequest, Invoice, InvoiceLine, InvoiceTier
 from gateway.cli import calls, show
 from gateway.cli.calls import DEADLINE_S
-from gateway.cli.options import admin_option
+from gateway.cli.options import admin_option, moment
 
 COLUMNS: Final = ("period", "feature", "dimensions", ">quantity", ">amount", "version", "text")
 CSV_COLUMNS: Final = ("period_start", "feature", "dimensions", "quantity", "amount", "credit_type", "version", "text")
@@ -30,21 +30,9 @@ th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #ddd; 
 """
 
 
-def _time(context: click.Context, option: click.Parameter, text: str) -> Timestamp | None:
-    """RFC 3339, or a date for its midnight in UTC."""
-    if not text:
-        return None
-    time = Timestamp()
-    try:
-        time.FromJsonString(text if "T" in text else f"{text}T00:00:00Z")
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not a time such as 2026-11-01 or 2026-11-01T13:00:00Z") from None
-    return time
-
-
 @click.command("invoice")
 @click.argument("customer")
-@click.option("--at", default="", callback=_time, metavar="TIME", help="Of the period that holds it; now by default.")
+@click.option("--at", default="", callback=moment, metavar="TIME", help="Of the period that holds it; now by default.")
 @click.option("--id", "invoice", default="", help="A final or void one.")
 @click.option(
     *("--format", "form"), type=click.Choice(["text", "json", "csv", "html"]), default="text", show_default=True

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import click
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from gateway.cli.calls import ADMIN, GATEWAY
 
@@ -32,3 +33,15 @@ def admin_option(command: Command) -> Command:
 
 def seed_option(command: Command) -> Command:
     return click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=42, show_default=True)(command)
+
+
+def moment(context: click.Context, option: click.Parameter, text: str) -> Timestamp | None:
+    """RFC 3339, or a date for its midnight in UTC."""
+    if not text:
+        return None
+    time = Timestamp()
+    try:
+        time.FromJsonString(text if "T" in text else f"{text}T00:00:00Z")
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a time such as 2026-11-01 or 2026-11-01T13:00:00Z") from None
+    return time

@@ -248,8 +248,16 @@ class TestCustomers:
             (pb.Customer(id="a", subjects=[pb.Subject(id="")]), "subjects[0].id: is empty"),
             (pb.Customer(id="a", subjects=[pb.Subject(id="k")] * 2), "subjects: names a subject twice"),
             (
-                pb.Customer(id="a", subjects=[pb.Subject(id="k", limit_nanos=5)]),
-                "subjects[0].limit_nanos: a subject's limit is not supported yet",
+                pb.Customer(id="a", subjects=[pb.Subject(id="k", limit_nanos=-5)]),
+                "subjects[0].limit_nanos: -5 is outside 0..9223372036854775807",
+            ),
+            (
+                pb.Customer(id="a", subjects=[pb.Subject(id="k", period=pb.DAY)]),
+                "subjects[0].period: is of a limit; set limit_nanos or leave the field out",
+            ),
+            (
+                pb.Customer(id="a", subjects=[pb.Subject(id="k", limit_nanos=5, period=9)]),
+                "subjects[0].period: 9 is unknown; expected 0..6",
             ),
         ],
     )

@@ -21,7 +21,7 @@ from entitlement.rating import Model, Rate, Tier, cost
 from entitlement.v1 import gateway_pb2
 from entitlement.v1 import ledger_pb2 as pb
 from ledger_sync import corrections
-from tests.control_rig import DEADLINE_S, USD, Rig, card, eventually, refusal, rig
+from tests.control_rig import DEADLINE_S, TENANT, USD, Rig, card, eventually, refusal, rig
 
 EVENTS = int(os.environ.get("RERATE_EVENTS", "5000"))
 CALL = 1_000  # events
@@ -238,6 +238,44 @@ async def test_what_is_booked_and_published(shop: Rig) -> None:
         (1, -USD),
         (2, 3 * USD),
     ]
+    await verified(shop)
+    told = await shop.stub.Explain(pb.ExplainRequest(idempotency_key="k"))
+    assert [item.kind for item in told.transactions] == ["consume", "reverse", "rebook", "reverse", "rebook"]
+    assert told.rate.startswith("input.tokens: 1000000 x 5 USD per 1000000 = 5 USD")
+    assert told.decision.consumed[0].amount_nanos == 3 * USD, "as it was answered"
+
+
+async def test_contracts_with_rates_of_their_own_are_rerated_with_the_card(shop: Rig) -> None:
+    now_ms = await shop.hot.now_ms()
+    own = pb.Rate(feature="output.tokens", per=1_000_000, tiers=[pb.Tier(price_nanos=USD)])
+    await customer(shop, "bob", now_ms, overrides=[own])
+    await grant(shop, "bob", 10 * USD, now_ms)
+    await record(shop, [usage("bob", "in", 1_000_000, now_ms - DAY)])
+    await record(shop, [usage("bob", "out", 1_000_000, now_ms - DAY, "output.tokens")])
+    await shop.stub.PutRateCard(since(card("llm", {"input.tokens": 2 * USD, "output.tokens": USD}), now_ms - 5 * DAY))
+    report = await shop.stub.Rerate(order(now_ms))
+    assert [(line.feature, line.before_nanos, line.after_nanos) for line in report.lines] == [
+        ("input.tokens", 3 * USD, 2 * USD),
+        ("output.tokens", USD, USD),
+    ]
+    await verified(shop)
+
+
+async def test_a_subjects_limit_gets_back_what_a_correction_gives_back(shop: Rig) -> None:
+    now_ms = await shop.hot.now_ms()
+    await customer(shop, "bob", now_ms)
+    await grant(shop, "bob", 10 * USD, now_ms)
+    subject = pb.Subject(id="key-1", limit_nanos=9 * USD, period=pb.YEAR)
+    await shop.stub.PutCustomer(pb.Customer(id="bob", name="Bob", subjects=[subject]))
+    event = usage("bob", "k", 2_000_000, now_ms - DAY)
+    event.subject = "key-1"
+    await record(shop, [event])
+    assert (await shop.account("bob")).subjects["key-1"].used == 6 * USD
+    await shop.stub.PutRateCard(since(card("llm", {"input.tokens": 2 * USD}), now_ms - 5 * DAY))
+    await shop.stub.Rerate(order(now_ms))
+    await shop.account_when("bob", lambda account: account.subjects["key-1"].used == 4 * USD)
+    await shop.hot.drop((TENANT, "bob"))
+    assert (await shop.account("bob")).subjects["key-1"].used == 4 * USD, "and an install knows as much"
     await verified(shop)
 
 

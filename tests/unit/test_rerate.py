@@ -20,7 +20,7 @@ from ledger_sync.rebooking import Booked, Cycle, Line, Purse
 from ledger_sync.repricing import Order, Repricing, Tally
 from tests.journal_records import NOW_MS, PERIOD_MS, TENANT, consumed
 
-ORDER = Order("", "llm", PERIOD_MS, 0, NOW_MS + DAY)
+ORDER = Order("", "llm", PERIOD_MS, 0, NOW_MS + DAY, ("llm",))
 
 
 def grant(
@@ -105,12 +105,12 @@ def test_a_cycle_says_what_the_hot_account_gets_back() -> None:
     was = consumed("k", 1, ("a", 10, 100, {1: 60, OVERAGE: 40}))
     now = msgspec.structs.replace(was, lines=(BurnedLine("a,x=1", 10, 70, (Burn(1, 60), Burn(OVERAGE, 10))),))
     cycle = Cycle(PERIOD_MS)
-    cycle.add(was, now)
+    cycle.add(was, now, "")
     change = cycle.change()
     assert (change.grants, change.overage, change.settled, change.cycle) == ((), -30, -30, PERIOD_MS)
     assert change.meters == (("a,model=m1", -10), ("a,x=1", 10))
     assert change.used == ()  # The feature has used as much as before.
-    cycle.add(now, msgspec.structs.replace(now, lines=(BurnedLine("a,x=1", 0, 0, ()),)))
+    cycle.add(now, msgspec.structs.replace(now, lines=(BurnedLine("a,x=1", 0, 0, ()),)), "")
     assert cycle.change().grants == ((1, 60),)
     assert [(used.feature, used.units) for used in cycle.change().used] == [("a", -10)]
 
