@@ -11,6 +11,7 @@ PARTITIONS = 64
 CATALOG = "ent:catalog"  # the encoded snapshot
 CATALOG_GENERATION = "ent:catalog:generation"  # counts up with every published snapshot
 LOADED_CHANNEL = "ent:loaded"  # "<tenant> <customer>" when an account was installed
+DENIED = "ent:denied"  # set: "<tenant> <customer>" of those whose calls were denied for want of credit
 GROUP = "ledger"  # the consumer group on every journal stream
 
 

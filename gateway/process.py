@@ -10,6 +10,7 @@ from entitlement.catalog import Snapshot
 from entitlement.decision import Limits
 from gateway.admission import Admission
 from gateway.catalog import Catalog
+from gateway.denials import Denials
 from gateway.settings import Settings
 from gateway.store.connection import Endpoint
 from gateway.store.control import Control
@@ -32,15 +33,17 @@ class Core:
             timeout_ms=settings.redis_timeout_ms,
         )
         self._catalog = Catalog()
+        denials = Denials()
         self._control = Control(
             settings.redis_url,
             self._store,
             tenant=settings.tenant,
             swap=self._swap,
+            denials=denials,
             load_timeout_ms=settings.load_timeout_ms,
         )
         self.admission = Admission(self._store, self._catalog, self._control, settings.max_in_flight)
-        self.servicers = Servicers(self.admission, self._store, self._control, settings)
+        self.servicers = Servicers(self.admission, self._store, self._control, denials, settings)
 
     async def start(self) -> None:
         """Raises Unavailable when the hot store cannot be reached."""

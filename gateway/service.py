@@ -24,7 +24,8 @@ from entitlement.identity import check_id
 from entitlement.request import decode, read_consume, split_batch
 from entitlement.v1 import gateway_pb2 as pb
 from gateway.admission import Admission, Loader
-from gateway.answers import balance_response, encode, join_batch
+from gateway.answers import balance_response, join_batch, response, usual
+from gateway.denials import Denials
 from gateway.flow import Flow
 from gateway.store.protocol import HotStore, Sight
 
@@ -52,10 +53,11 @@ _Context = grpc.aio.ServicerContext[object, object]
 class GatewayService:
     """Serves one tenant: the caller's identity says which, never the request."""
 
-    def __init__(self, admission: Admission, store: HotStore, loader: Loader, tenant: str) -> None:
+    def __init__(self, admission: Admission, store: HotStore, loader: Loader, denials: Denials, tenant: str) -> None:
         self._admission = admission
         self._store = store
         self._loader = loader
+        self._denials = denials
         self._tenant = tenant
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
@@ -73,7 +75,8 @@ class GatewayService:
     async def check_and_consume(self, data: bytes, context: _Context) -> bytes:
         try:
             consume = read_consume(self._tenant, data)
-            return encode(consume, await self._admission.admit(consume), self._admission.values)
+            decision = await self._admission.admit(consume)
+            return usual(consume, decision) or self._unusual(consume, decision)
         except EntitlementError as error:
             await refuse(context, error)
 
@@ -92,11 +95,18 @@ class GatewayService:
         if len(good) < len(parsed):
             found = iter(decided)
             decided = [next(found) if type(consume) is Consume else consume for consume in parsed]  # type: ignore[misc]
-        values = self._admission.values
         return [
-            encode(consume, outcome, values) if type(outcome) is Decision else _failed(request, outcome)  # type: ignore[arg-type]
+            usual(consume, outcome) or self._unusual(consume, outcome)  # type: ignore[arg-type]
+            if type(outcome) is Decision
+            else _failed(request, outcome)  # type: ignore[arg-type]
             for request, consume, outcome in zip(requests, parsed, decided, strict=True)
         ]
+
+    def _unusual(self, request: Consume, decision: Decision) -> bytes:
+        """What takes a message: denials among it, which are noted."""
+        if decision.reason:
+            self._denials.note(request, decision)
+        return response(request, decision, self._admission.values).SerializeToString()
 
     def _parsed(self, request: bytes) -> Consume | EntitlementError:
         try:

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from ledger_sync.ledger import Connection
 
 CONTRACT_CHANGED: Final = "entitlement.contract.changed.v1"
+GATE_DENIED: Final = "entitlement.gate.denied.v1"
 TOP_UP_REQUESTED: Final = "entitlement.topup.requested.v1"
 TOP_UP_CREATED: Final = "entitlement.topup.created.v1"
 INVOICE_FINALIZED: Final = "entitlement.invoice.finalized.v1"
 INVOICE_VOIDED: Final = "entitlement.invoice.voided.v1"
 TYPES: Final = (
-    *(CROSSED, RECOVERED, CONTRACT_CHANGED, TOP_UP_REQUESTED, TOP_UP_CREATED, INVOICE_FINALIZED, INVOICE_VOIDED),
+    *(CROSSED, RECOVERED, GATE_DENIED, CONTRACT_CHANGED, TOP_UP_REQUESTED, TOP_UP_CREATED),
+    *(INVOICE_FINALIZED, INVOICE_VOIDED),
 )  # what a webhook may tell of; rated events go to the publisher alone
 
 Row = tuple[str, str, str, str, bytes]  # event_id, tenant, customer, type, body: as books.OUTBOX

@@ -115,7 +115,8 @@ def checked_overrides(contract: pb.Contract) -> list[pb.Rate]:
     try:
         rates = checked_rates(pb.RateCard(rates=contract.overrides))
     except InvalidArgument as error:
-        raise InvalidArgument(error.field.replace("rates", "overrides", 1), error.problem) from None
+        field, problem = (text.replace("rates", "overrides", 1) for text in (error.field, error.problem))
+        raise InvalidArgument(field, problem) from None
     return list(card_message(RateCard("", 0, 0, "", rates)).rates)
 
 

@@ -17,6 +17,7 @@ from ledger_sync.contract_store import ContractStore
 from ledger_sync.customers import CustomerStore
 from ledger_sync.dead_letters import DeadLetterStore
 from ledger_sync.expiry import Expiry
+from ledger_sync.gate_denials import GateDenials
 from ledger_sync.grants import GrantStore
 from ledger_sync.hot_store import HotStore
 from ledger_sync.install import Installer, Settled
@@ -71,6 +72,7 @@ class ControlPlane:
     def _chores(self) -> dict[str, Chore]:
         """What becomes due by the clock, in the order in which it is tended."""
         return {
+            "denials": GateDenials(self._ledger, self.hot),
             "contracts": self.contracts,
             "expiry": Expiry(self._ledger, self.hot, self._settled),
             "allotments": Allotments(self._ledger),

@@ -103,6 +103,18 @@ class HotStore:
     async def unmark_missing(self, names: Iterable[Name]) -> None:
         await self._run(own.script("unmark"), [Call((self._account(name),), ()) for name in names])
 
+    async def denied(self, most: int) -> list[Name]:
+        """Some of the accounts whose calls gateways have denied for want of credit; they stay until `forget_denied`."""
+        async with _translated():
+            found = await self._client.srandmember(keys.DENIED, most)
+        names = [_text(item).partition(" ") for item in found or ()]
+        return [(tenant, customer) for tenant, _, customer in names]
+
+    async def forget_denied(self, names: Sequence[Name]) -> None:
+        if names:
+            async with _translated():
+                await self._client.srem(keys.DENIED, *[" ".join(name) for name in names])
+
     async def consume(self, calls: Iterable[tuple[Consume, Charge]], limits: Limits) -> list[bytes]:
         """Runs consume.lua for each; what the script returned."""
         prepared = []

@@ -215,6 +215,46 @@ class ThresholdEvent(_message.Message):
 Global___ThresholdEvent: _TypeAlias = ThresholdEvent  # noqa: Y015
 
 @_typing.final
+class GateEvent(_message.Message):
+    """type: entitlement.gate.denied.v1: calls are denied for want of credit. Once a cycle, and again after the account changed"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    CUSTOMER_FIELD_NUMBER: _builtins.int
+    CYCLE_START_FIELD_NUMBER: _builtins.int
+    USED_NANOS_FIELD_NUMBER: _builtins.int
+    ALLOWANCE_NANOS_FIELD_NUMBER: _builtins.int
+    OVERAGE_NANOS_FIELD_NUMBER: _builtins.int
+    CREDIT_TYPE_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    customer: _builtins.str
+    used_nanos: _builtins.int
+    allowance_nanos: _builtins.int
+    overage_nanos: _builtins.int
+    credit_type: _builtins.str
+    @_builtins.property
+    def cycle_start(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        customer: _builtins.str = ...,
+        cycle_start: _timestamp_pb2.Timestamp | None = ...,
+        used_nanos: _builtins.int = ...,
+        allowance_nanos: _builtins.int = ...,
+        overage_nanos: _builtins.int = ...,
+        credit_type: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cycle_start", b"cycle_start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowance_nanos", b"allowance_nanos", "credit_type", b"credit_type", "customer", b"customer", "cycle_start", b"cycle_start", "overage_nanos", b"overage_nanos", "tenant", b"tenant", "used_nanos", b"used_nanos"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GateEvent: _TypeAlias = GateEvent  # noqa: Y015
+
+@_typing.final
 class ContractEvent(_message.Message):
     """type: entitlement.contract.changed.v1"""
 

@@ -1,4 +1,4 @@
-"""The gateway's second, quiet connection: the catalogue, and news of installed accounts."""
+"""The gateway's second, quiet connection: the catalogue, news of installed accounts, and word of denials."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from redis.exceptions import RedisError
 from entitlement import keys
 from entitlement.catalog import Catalogs, Snapshot
 from entitlement.errors import Unavailable
+from gateway.denials import Denials
 from gateway.store.protocol import HotStore
 
 CATALOG_POLL_S = 0.25  # a price change reaches running traffic within this and a round trip
 ASK_AGAIN_S = 0.25
+TELL_EVERY_S = 0.25  # denials are told no later
 BACKOFF_MOST_S = 1.0
 CANCEL_AGAIN_S = 0.05
 _log = structlog.get_logger(__name__)
@@ -33,12 +35,14 @@ class Control:
         *,
         tenant: str,
         swap: Callable[[Snapshot], None],
+        denials: Denials,
         load_timeout_ms: int = 1_000,
     ) -> None:
         self._redis = Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0)
         self._store = store
         self._tenant = tenant
         self._swap = swap
+        self._denials = denials
         self._load_timeout = load_timeout_ms / 1000
         self._generation: bytes | None = None
         self._refreshing = asyncio.Lock()
@@ -50,7 +54,8 @@ class Control:
 
     async def start(self) -> None:
         if not self._tasks:
-            self._tasks = [asyncio.create_task(self._watch_catalog()), asyncio.create_task(self._listen())]
+            loops = (self._watch_catalog(), self._listen(), self._tell_denials())
+            self._tasks = [asyncio.create_task(loop) for loop in loops]
 
     async def stop(self) -> None:
         # On Python 3.11 wait_for, which redis-py uses, may swallow a cancellation (cpython gh-86296): hence a flag.
@@ -142,6 +147,16 @@ class Control:
             except (RedisError, OSError) as error:
                 _log.warning("news of accounts interrupted", error=type(error).__name__)
                 await asyncio.sleep(BACKOFF_MOST_S * random.random())  # noqa: S311 - jitter
+
+    async def _tell_denials(self) -> None:
+        while not self._stopped:
+            await asyncio.sleep(TELL_EVERY_S)
+            if taken := self._denials.take():
+                try:
+                    await self._redis.sadd(keys.DENIED, *[f"{tenant} {customer}" for tenant, customer in taken])
+                except (RedisError, OSError) as error:
+                    self._denials.put_back(taken)
+                    _log.warning("denials wait for the hot store", error=type(error).__name__)
 
     def _arrived(self, data: bytes) -> None:
         tenant, _, customer = data.decode(errors="replace").partition(" ")

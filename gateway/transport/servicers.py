@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from entitlement.v1 import gateway_pb2
 from gateway.admission import Admission, Loader
+from gateway.denials import Denials
 from gateway.service import GatewayService
 from gateway.settings import Settings
 from gateway.store.protocol import HotStore
@@ -35,8 +36,10 @@ class Registrar(Protocol):
 class Servicers:
     """The gateway's service, health, and reflection when the settings ask for it."""
 
-    def __init__(self, admission: Admission, store: HotStore, loader: Loader, settings: Settings) -> None:
-        self._service = GatewayService(admission, store, loader, settings.tenant)
+    def __init__(
+        self, admission: Admission, store: HotStore, loader: Loader, denials: Denials, settings: Settings
+    ) -> None:
+        self._service = GatewayService(admission, store, loader, denials, settings.tenant)
         self._health = health.aio.HealthServicer()
         self._reflection = settings.reflection
         self._watch: asyncio.Task[None] | None = None

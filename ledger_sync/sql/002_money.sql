@@ -150,6 +150,15 @@ CREATE TABLE top_ups (
     PRIMARY KEY (tenant, customer, no)
 );
 
+-- Of each customer the last time that a closed gate was announced: in which cycle, and after which ledger change.
+CREATE TABLE gate_denials (
+    tenant       text NOT NULL,
+    customer     text NOT NULL,
+    period_start bigint NOT NULL,
+    version      bigint NOT NULL,
+    PRIMARY KEY (tenant, customer)
+);
+
 -- Who is told by webhook, of which types of event. Addresses and secrets are settings, never rows.
 CREATE TABLE webhook_endpoints (
     name  text PRIMARY KEY,

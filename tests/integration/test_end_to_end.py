@@ -250,6 +250,21 @@ async def test_thresholds_that_many_calls_cross_together_are_published_once(at: 
     assert after[6:] == [("crossed", 50, 4)]
 
 
+async def test_of_1000_parallel_calls_across_the_90_percent_line_one_crosses_it(at: Site) -> None:
+    thresholds = [ledger_pb2.Threshold(percent=90)]
+    customer = await at.customer(price_of(1_100), contract=ledger_pb2.Contract(thresholds=thresholds))
+    await at.consume(customer, ("calls", 100, ""))
+    request = gateway_pb2.CheckAndConsumeBatchRequest(requests=[consume_request(customer) for _ in range(500)])
+    answers = await asyncio.gather(
+        at.gateway.CheckAndConsumeBatch(request, timeout=CONCURRENT_ANSWER_S),
+        *[at.gateway.CheckAndConsume(consume_request(customer), timeout=CONCURRENT_ANSWER_S) for _ in range(500)],
+    )
+    decided = [*answers[0].responses, *answers[1:]]
+    assert len(decided) == 1_000 and {answer.verdict for answer in decided} == {ALLOW}
+    await at.verified(customer)
+    assert await _crossings(at, customer) == [("crossed", 90, 1)]
+
+
 async def _crossings(at: Site, customer: str) -> list[tuple[str, int, int]]:
     """(what, percent, number) of the threshold events, as published; each belongs to a decision or a change."""
     events = [event for event in await at.events(customer) if event["type"] != "entitlement.rated.v1"]
