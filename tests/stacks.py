@@ -45,6 +45,8 @@ OUTPUT: Final = Rate("tokens", 15_000_000_000, 999_983, (("token_type", "output"
 
 ALLOW, DENY = gateway_pb2.VERDICT_ALLOW, gateway_pb2.VERDICT_DENY
 
+OF_USAGE: Final = ("rated", "threshold.crossed", "threshold.recovered")  # types of events
+
 Answer = TypeVar("Answer")
 Line = tuple[str, int, str]  # feature, quantity, token_type or none
 Entry = tuple[bytes, dict[bytes, bytes]]  # of a stream
@@ -248,10 +250,13 @@ class Site:
         assert not [t for t in found if sum(entry.amount_nanos for entry in t.entries)]
         return [transaction for transaction in found if not kinds or transaction.kind in kinds]
 
-    async def events(self, *customers: str) -> list[Event]:
-        """What has been published about these customers since the test began, to the default stream."""
+    async def events(self, *customers: str, of: Sequence[str] = OF_USAGE) -> list[Event]:
+        """What has been published about these customers since the test began, to the default stream: by default what
+        usage does, not that a contract was put or a gate has closed. `of` nothing: all.
+        """
         entries = await self.entries(STREAM, b"(" + self._since)
-        return [json.loads(fields[b"body"]) for _, fields in entries if fields[b"customer"].decode() in customers]
+        found = [json.loads(fields[b"body"]) for _, fields in entries if fields[b"customer"].decode() in customers]
+        return [event for event in found if not of or types_of([event])[0] in of]
 
     async def entries(self, stream: str, since: bytes = b"-") -> list[Entry]:
         return cast("list[Entry]", await self.hot.xrange(stream, min=since))

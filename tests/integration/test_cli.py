@@ -102,6 +102,9 @@ class Admin(LedgerAdminServicer):
         items, token = self._page(grants, request)
         return ledger_pb2.ListGrantsResponse(grants=items, next_page_token=token)
 
+    def ListRecurringGrants(self, request, context):
+        return ledger_pb2.ListGrantsResponse()
+
     def Verify(self, request, context):
         self.verified.append(request)
         return self.reports.pop(0) if len(self.reports) > 1 else self.reports[0]

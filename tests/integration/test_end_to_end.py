@@ -267,7 +267,7 @@ async def test_of_1000_parallel_calls_across_the_90_percent_line_one_crosses_it(
 
 async def _crossings(at: Site, customer: str) -> list[tuple[str, int, int]]:
     """(what, percent, number) of the threshold events, as published; each belongs to a decision or a change."""
-    events = [event for event in await at.events(customer) if event["type"] != "entitlement.rated.v1"]
+    events = await at.events(customer, of=["threshold.crossed", "threshold.recovered"])
     assert len({event["id"] for event in events}) == len(events)
     found = [ParseDict(event["data"], events_pb2.ThresholdEvent()) for event in events]
     booked = await at.booked(customer)
@@ -559,7 +559,8 @@ async def test_events_leave_in_commit_order_when_transaction_ids_grow_by_a_digit
         ids += [row["event_id"] for row in rows]
     await asyncio.to_thread(at.stack.restart, "sync")
     await at.verified()
-    assert ids_of(await at.events(customer)) == ids
+    found = ids_of(await at.events(customer, of=()))
+    assert [name for name in found if "/put/" not in name] == ids
 
 
 async def test_the_whole_stack_is_clean_in_the_end(at: Site) -> None:
@@ -598,7 +599,7 @@ async def test_a_file_gets_every_event_once_and_in_each_customers_order(to_file:
         answers += [await at.consume(customers[index % 3]) for index in range(60)]
         report = await at.verified()
         assert report.events == 120
-        events = [json.loads(line) for line in _lines(events_file)]
+        events = [event for event in map(json.loads, _lines(events_file)) if types_of([event]) == ["rated"]]
         assert Counter(ids_of(events)) == Counter(answer.idempotency_key for answer in answers)
         for customer in customers:
             mine = [ParseDict(e["data"], events_pb2.RatedEvent()) for e in events if e["subject"] == customer]

@@ -6,13 +6,13 @@ import asyncio
 
 from entitlement.v1 import gateway_pb2 as gw
 from entitlement.v1 import ledger_pb2 as pb
-from tests.stacks import ALLOW, DENY, Event, Site, consume_request, price_of, types_of, until
+from tests.stacks import ALLOW, DENY, Event, Site, consume_request, price_of, until
 
 GONE = gw.REASON_INSUFFICIENT_CREDITS
 
 
 async def denials(at: Site, customer: str) -> list[Event]:
-    return [event for event in await at.events(customer) if types_of([event]) == ["gate.denied"]]
+    return await at.events(customer, of=["gate.denied"])
 
 
 async def denied_often(at: Site, customer: str) -> None:

@@ -125,7 +125,8 @@ def test_compensation_for_an_ended_period_leaves_the_current_one_alone() -> None
         compensation(consumed(*LINES), JUNE),  # The period has ended since.
         compensation(consumed(*LINES, period_start=MAY, cycle_start=JUNE), JUNE),  # It was late already.
     ):
-        assert (change.settled, change.meters) == (0, ())
+        assert (change.settled, change.cycle) == (0, MAY)
+        assert change.meters == (("tokens,model=a", -11), ("tokens,model=b", -5))  # Where May's are archived.
         assert (change.grants, change.overage) == (((1, 40), (2, 50)), -37)
 
 
