@@ -144,6 +144,21 @@ class LedgerAdminStub(object):
                 request_serializer=entitlement_dot_v1_dot_ledger__pb2.RetryDeadLettersRequest.SerializeToString,
                 response_deserializer=entitlement_dot_v1_dot_ledger__pb2.RetryDeadLettersResponse.FromString,
                 _registered_method=True)
+        self.ListQuarantine = channel.unary_unary(
+                '/entitlement.v1.LedgerAdmin/ListQuarantine',
+                request_serializer=entitlement_dot_v1_dot_ledger__pb2.ListRequest.SerializeToString,
+                response_deserializer=entitlement_dot_v1_dot_ledger__pb2.ListQuarantineResponse.FromString,
+                _registered_method=True)
+        self.RetryQuarantine = channel.unary_unary(
+                '/entitlement.v1.LedgerAdmin/RetryQuarantine',
+                request_serializer=entitlement_dot_v1_dot_ledger__pb2.QuarantineRequest.SerializeToString,
+                response_deserializer=entitlement_dot_v1_dot_ledger__pb2.QuarantineResponse.FromString,
+                _registered_method=True)
+        self.DropQuarantine = channel.unary_unary(
+                '/entitlement.v1.LedgerAdmin/DropQuarantine',
+                request_serializer=entitlement_dot_v1_dot_ledger__pb2.QuarantineRequest.SerializeToString,
+                response_deserializer=entitlement_dot_v1_dot_ledger__pb2.QuarantineResponse.FromString,
+                _registered_method=True)
         self.ListTransactions = channel.unary_unary(
                 '/entitlement.v1.LedgerAdmin/ListTransactions',
                 request_serializer=entitlement_dot_v1_dot_ledger__pb2.ListRequest.SerializeToString,
@@ -306,6 +321,27 @@ class LedgerAdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListQuarantine(self, request, context):
+        """records that could not be booked
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryQuarantine(self, request, context):
+        """books those that can be booked by now
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DropQuarantine(self, request, context):
+        """gives them up, with a reason
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListTransactions(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -438,6 +474,21 @@ def add_LedgerAdminServicer_to_server(servicer, server):
                     servicer.RetryDeadLetters,
                     request_deserializer=entitlement_dot_v1_dot_ledger__pb2.RetryDeadLettersRequest.FromString,
                     response_serializer=entitlement_dot_v1_dot_ledger__pb2.RetryDeadLettersResponse.SerializeToString,
+            ),
+            'ListQuarantine': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListQuarantine,
+                    request_deserializer=entitlement_dot_v1_dot_ledger__pb2.ListRequest.FromString,
+                    response_serializer=entitlement_dot_v1_dot_ledger__pb2.ListQuarantineResponse.SerializeToString,
+            ),
+            'RetryQuarantine': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryQuarantine,
+                    request_deserializer=entitlement_dot_v1_dot_ledger__pb2.QuarantineRequest.FromString,
+                    response_serializer=entitlement_dot_v1_dot_ledger__pb2.QuarantineResponse.SerializeToString,
+            ),
+            'DropQuarantine': grpc.unary_unary_rpc_method_handler(
+                    servicer.DropQuarantine,
+                    request_deserializer=entitlement_dot_v1_dot_ledger__pb2.QuarantineRequest.FromString,
+                    response_serializer=entitlement_dot_v1_dot_ledger__pb2.QuarantineResponse.SerializeToString,
             ),
             'ListTransactions': grpc.unary_unary_rpc_method_handler(
                     servicer.ListTransactions,
@@ -1049,6 +1100,87 @@ class LedgerAdmin(object):
             '/entitlement.v1.LedgerAdmin/RetryDeadLetters',
             entitlement_dot_v1_dot_ledger__pb2.RetryDeadLettersRequest.SerializeToString,
             entitlement_dot_v1_dot_ledger__pb2.RetryDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListQuarantine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/entitlement.v1.LedgerAdmin/ListQuarantine',
+            entitlement_dot_v1_dot_ledger__pb2.ListRequest.SerializeToString,
+            entitlement_dot_v1_dot_ledger__pb2.ListQuarantineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryQuarantine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/entitlement.v1.LedgerAdmin/RetryQuarantine',
+            entitlement_dot_v1_dot_ledger__pb2.QuarantineRequest.SerializeToString,
+            entitlement_dot_v1_dot_ledger__pb2.QuarantineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DropQuarantine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/entitlement.v1.LedgerAdmin/DropQuarantine',
+            entitlement_dot_v1_dot_ledger__pb2.QuarantineRequest.SerializeToString,
+            entitlement_dot_v1_dot_ledger__pb2.QuarantineResponse.FromString,
             options,
             channel_credentials,
             insecure,

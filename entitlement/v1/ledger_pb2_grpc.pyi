@@ -65,6 +65,12 @@ class LedgerAdminStub:
     ListDeadLetters: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListDeadLettersResponse]
     """webhooks that were not taken"""
     RetryDeadLetters: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.RetryDeadLettersRequest, _ledger_pb2.RetryDeadLettersResponse]
+    ListQuarantine: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListQuarantineResponse]
+    """records that could not be booked"""
+    RetryQuarantine: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.QuarantineRequest, _ledger_pb2.QuarantineResponse]
+    """books those that can be booked by now"""
+    DropQuarantine: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.QuarantineRequest, _ledger_pb2.QuarantineResponse]
+    """gives them up, with a reason"""
     ListTransactions: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListTransactionsResponse]
     Explain: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ExplainRequest, _ledger_pb2.Explanation]
     """one charge, down to the event"""
@@ -106,6 +112,12 @@ class LedgerAdminAsyncStub(LedgerAdminStub):
     ListDeadLetters: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListDeadLettersResponse]  # type: ignore[assignment]
     """webhooks that were not taken"""
     RetryDeadLetters: _aio.UnaryUnaryMultiCallable[_ledger_pb2.RetryDeadLettersRequest, _ledger_pb2.RetryDeadLettersResponse]  # type: ignore[assignment]
+    ListQuarantine: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListQuarantineResponse]  # type: ignore[assignment]
+    """records that could not be booked"""
+    RetryQuarantine: _aio.UnaryUnaryMultiCallable[_ledger_pb2.QuarantineRequest, _ledger_pb2.QuarantineResponse]  # type: ignore[assignment]
+    """books those that can be booked by now"""
+    DropQuarantine: _aio.UnaryUnaryMultiCallable[_ledger_pb2.QuarantineRequest, _ledger_pb2.QuarantineResponse]  # type: ignore[assignment]
+    """gives them up, with a reason"""
     ListTransactions: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListTransactionsResponse]  # type: ignore[assignment]
     Explain: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ExplainRequest, _ledger_pb2.Explanation]  # type: ignore[assignment]
     """one charge, down to the event"""
@@ -254,6 +266,27 @@ class LedgerAdminServicer:
         request: _ledger_pb2.RetryDeadLettersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_pb2.RetryDeadLettersResponse, _abc.Awaitable[_ledger_pb2.RetryDeadLettersResponse]]: ...
+
+    def ListQuarantine(
+        self,
+        request: _ledger_pb2.ListRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.ListQuarantineResponse, _abc.Awaitable[_ledger_pb2.ListQuarantineResponse]]:
+        """records that could not be booked"""
+
+    def RetryQuarantine(
+        self,
+        request: _ledger_pb2.QuarantineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.QuarantineResponse, _abc.Awaitable[_ledger_pb2.QuarantineResponse]]:
+        """books those that can be booked by now"""
+
+    def DropQuarantine(
+        self,
+        request: _ledger_pb2.QuarantineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.QuarantineResponse, _abc.Awaitable[_ledger_pb2.QuarantineResponse]]:
+        """gives them up, with a reason"""
 
     def ListTransactions(
         self,
