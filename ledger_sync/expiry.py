@@ -55,6 +55,12 @@ SELECT amount, category, priority, features, recurrence, rollover_max, anchor_ms
 WHERE tenant = $1 AND id = $2 AND voided_ms = 0 AND rollover_max > 0"""
 
 
+# Allotments of one period may expire one after the other, when nobody swept for longer than a period.
+_ROLLED: Final = """
+SELECT count(*) AS count, coalesce(sum(amount), 0)::bigint AS amount FROM grants
+WHERE tenant = $1 AND source = $2 AND starts_with(id, $3) AND effective_ms = $4"""
+
+
 class Left(msgspec.Struct):
     """A grant whose time is over, and what is left of it."""
 
@@ -117,7 +123,10 @@ class Expiry:
         start = grants[0].grant.expires_ms
         if rule is None or (rule["ends_ms"] and start >= rule["ends_ms"]):
             return
-        room = rule["rollover_max"]
+        _, end = period(Recurrence(rule["recurrence"]), rule["anchor_ms"], start)
+        earlier = await connection.fetchrow(_ROLLED, account.tenant, source, f"{allotment_id(source, start)}+", start)
+        assert earlier is not None, "it is a sum"
+        room = rule["rollover_max"] - earlier["amount"]
         moved: list[tuple[Grant, int]] = []
         for left in sorted(grants, key=lambda left: burn_key(left.grant), reverse=True):
             if not left.grant.voided_ms and (part := min(room, left.remaining - left.broken)) > 0:
@@ -126,9 +135,8 @@ class Expiry:
                 room -= part
         if not moved:
             return
-        _, end = period(Recurrence(rule["recurrence"]), rule["anchor_ms"], start)
         new = NewGrant(
-            id=f"{allotment_id(source, start)}+",
+            id=f"{allotment_id(source, start)}+{earlier['count'] + 1 if earlier['count'] else ''}",
             amount=sum(part for _, part in moved),
             category=Category(rule["category"]),
             effective_ms=start,
