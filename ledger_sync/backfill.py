@@ -225,8 +225,8 @@ class Backfills:
                 record = event.record
                 if (period := (record.customer, record.period_start)) not in opened:
                     # Where its units are taken from a meter, the hot account shall know that meter.
-                    at_ms = min(record.event_ms, record.recorded_ms)
-                    await open_archive(self._ledger, self._hot, (record.tenant, record.customer), [at_ms])
+                    name = record.tenant, record.customer
+                    await open_archive(self._ledger, self._hot, name, [record.period_start])
                     opened.add(period)
                 nothing = tuple(Line(line.meter, 0, 0) for line in record.lines)
                 await corrector.add(Correction(event, nothing, record.rate_version))

@@ -149,8 +149,8 @@ class Rerates:
                 record = correction.booked.record
                 if correction.moves and (period := (record.customer, record.period_start)) not in opened:
                     # Where units move from one meter to another, the hot account shall know both.
-                    at_ms = min(record.event_ms, record.recorded_ms)
-                    await open_archive(self._ledger, self._hot, (record.tenant, record.customer), [at_ms])
+                    name = record.tenant, record.customer
+                    await open_archive(self._ledger, self._hot, name, [record.period_start])
                     opened.add(period)
                 await corrector.add(correction)
             await corrector.flush()

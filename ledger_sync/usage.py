@@ -33,7 +33,7 @@ from entitlement.request import parse_consume
 from entitlement.v1 import gateway_pb2
 from entitlement.v1 import ledger_pb2 as pb
 from ledger_sync import changes
-from ledger_sync.archive import fill_archive
+from ledger_sync.archive import fill_archive, fill_periods
 from ledger_sync.catalogs import CatalogStore
 from ledger_sync.hot_store import HotStore, Name
 from ledger_sync.install import Settled, ensure
@@ -234,10 +234,10 @@ class UsageRecorder:
             ) from None
 
 
-async def open_archive(ledger: Ledger, hot: HotStore, name: Name, times_ms: Iterable[int]) -> None:
-    """The hot account, loaded, with the meters of the periods that hold `times_ms`."""
+async def open_archive(ledger: Ledger, hot: HotStore, name: Name, starts: Iterable[int]) -> None:
+    """The hot account, loaded, with the meters of the periods that begin then."""
     await _load(hot, [name])
-    await fill_archive(ledger, hot, name, times_ms)
+    await fill_periods(ledger, hot, name, starts)
 
 
 async def _load(hot: HotStore, names: Sequence[Name]) -> None:
