@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from entitlement.journal import OVERAGE, Adjusted, Consumed, Rolled
 from entitlement.periods import HOUR
-from ledger_sync import books, hot_deltas, quarantine
+from ledger_sync import books, hot_deltas, quarantine, resumed
 from ledger_sync.announcements import queue_webhooks
 from ledger_sync.books import Position, Who
 from ledger_sync.posting import Expired, Posted, close_key, delta_key
@@ -115,6 +115,7 @@ class Bookkeeper:
             await _transactions(connection, batch),
             await self._names(connection, batch),
             await self._expired(connection, batch),
+            await resumed.read(connection, [p.record for p in batch if isinstance(p.record, Rolled)]),
         )
 
     async def _expired(self, connection: Connection, batch: Sequence[Posted]) -> dict[int, Expired]:

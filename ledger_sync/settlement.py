@@ -25,6 +25,7 @@ from ledger_sync.posting import (
     restored,
 )
 from ledger_sync.rated import RATED, rated_event, threshold_events
+from ledger_sync.resumed import Cycle
 
 _by_place = attrgetter("record.epoch", "record.sequence")
 
@@ -49,6 +50,7 @@ class Known(msgspec.Struct):
     transactions: set[tuple[str, str, str]]  # tenant, key and kind, of those that rolls and changes would make
     grants: Mapping[int, tuple[Who, str]]  # number -> whose, id
     expired: dict[int, Expired] = {}  # of the grants that have something broken
+    resumed: Mapping[Cycle, Change] = {}  # what the hot account lacks on a page that it turns to once more
 
 
 class Gap(msgspec.Struct, frozen=True):
@@ -219,6 +221,7 @@ class Settlement:
         position.epoch, position.sequence, position.allowance = record.epoch, record.sequence, record.allowance
         if isinstance(record, Rolled):
             self.books.ended_period(position, record)
+            self._resume(position, record)
             position.period_start, position.period_end = record.period_start, record.period_end
             position.crossed, position.crossings = "-", 0
             return
@@ -227,6 +230,17 @@ class Settlement:
             position.crossings = max(position.crossings, *[crossing.number for crossing in record.crossings])
         if isinstance(record, Adjusted):
             self._confirm(position, record)
+
+    def _resume(self, position: Position, record: Rolled) -> None:
+        """A period that begins where an earlier one began goes on with what that had used."""
+        cycle = (*position.who, record.period_start)
+        found = [self._known.resumed[cycle]] if cycle in self._known.resumed else []
+        if cycle in self.books.settled:  # By this batch, before the page was turned.
+            units = {key[3]: both[0] for key, both in self.books.units.items() if key[:3] == cycle}
+            meters = tuple(sorted(units.items()))
+            found.append(Change(settled=self.books.settled[cycle], meters=meters, cycle=record.period_start))
+        if found:
+            self.compensations.setdefault(position.who, []).extend(found)
 
     def _confirm(self, position: Position, record: Adjusted) -> None:
         position.applied = max(position.applied, record.version)
