@@ -3,7 +3,7 @@
 Fields of the hash (times are ms since 1970; entitlement/lua/account.lua reads and writes the same):
 
 c   text: status billing plan credit_type entitled recurrence anchor credit_line gate_percent thresholds
-    ('missing' alone: the ledger has no such customer)
+    ('missing' alone: the ledger has no such customer). plan is 'now|until:before|...', the untils ascending
 d   packed doubles: epoch sequence version period_start period_end, then as pairs settled held overage allowance gate
     next_crossing, then crossings; then the crossed thresholds as zero-terminated text ('80,90' or '-')
 g   packed, for each grant with something left, in burn order: no remaining(pair) effective expires, its features as
@@ -64,17 +64,29 @@ class Config(msgspec.Struct, frozen=True):
     gate_percent: int = 100
     thresholds: tuple[int, ...] = DEFAULT_THRESHOLDS
     entitled: tuple[str, ...] = ()  # empty: all features
+    earlier: tuple[tuple[int, str], ...] = ()  # (until, plan) that priced it before; late events ask. Ascending
+
+    def plan_at(self, at_ms: int) -> str:
+        """The rate card that prices what happened then."""
+        return next((plan for until_ms, plan in self.earlier if at_ms < until_ms), self.plan)
+
+    def following(self, was: Config, at_ms: int, oldest_ms: int) -> Config:
+        """This config, in force since `at_ms` after `was`; what ended before `oldest_ms` is forgotten."""
+        earlier = was.earlier if was.plan == self.plan else (*was.earlier, (at_ms, was.plan))
+        return msgspec.structs.replace(self, earlier=tuple(item for item in earlier if item[0] > oldest_ms))
 
     def encode(self) -> str:
+        plans = self.plan + "".join(f"|{until_ms}:{plan}" for until_ms, plan in self.earlier)
         thresholds = ",".join(map(str, self.thresholds)) or "-"
         return (
-            f"{self.status} {self.billing} {self.plan} {self.credit_type} {encode_features(self.entitled)}"
+            f"{self.status} {self.billing} {plans} {self.credit_type} {encode_features(self.entitled)}"
             f" {int(self.recurrence)} {self.anchor_ms} {self.credit_line} {self.gate_percent} {thresholds}"
         )
 
     @classmethod
     def decode(cls, text: str) -> Config:
-        status, billing, plan, credit, entitled, recurrence, anchor, line, percent, thresholds = text.split(" ")
+        status, billing, plans, credit, entitled, recurrence, anchor, line, percent, thresholds = text.split(" ")
+        plan, *earlier = plans.split("|")
         return cls(
             plan,
             credit,
@@ -86,6 +98,7 @@ class Config(msgspec.Struct, frozen=True):
             int(percent),
             () if thresholds == "-" else tuple(map(int, thresholds.split(","))),
             decode_features(entitled),
+            tuple((int(until), before) for until, _, before in (item.partition(":") for item in earlier)),
         )
 
 

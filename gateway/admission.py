@@ -98,6 +98,7 @@ class Admission:
 
     async def _resolve(self, request: Consume, outcome: Outcome) -> Decision:
         """The rare ways: what the store could not decide is brought, and asked again."""
+        plan = ""  # as the store has named it for this call: another time may have had another
         for _ in range(MAX_ATTEMPTS):
             match outcome:
                 case Decision():
@@ -108,9 +109,10 @@ class Admission:
                     if not self._catalog.knows(outcome.plan):
                         await self._loader.refresh()  # Before it is learned: else others would find no price meanwhile.
                     self._catalog.learn(request, outcome)
+                    plan = outcome.plan
                 case Mismatch() | OutOfTime() | OutOfRange():
                     raise _refusal(request, outcome)
-            outcome = await self._store.consume(request, self._catalog.price(request))
+            outcome = await self._store.consume(request, self._catalog.price(request, plan))
         if isinstance(outcome, Decision):
             return outcome
         raise Unavailable("the account or its prices kept changing while it was decided on; retry with the same key")

@@ -86,9 +86,11 @@ class Catalog:
         if self._likely not in self._versions:
             self._likely = next(iter(self._versions), NO_PLAN)
 
-    def price(self, request: Consume) -> Charge:
-        """The charge by the version in force at the request's time, of the plan its customer is believed to be on."""
-        plan = self._plans.get((request.tenant, request.customer), self._likely)
+    def price(self, request: Consume, plan: str = "") -> Charge:
+        """The charge by the version in force at the request's time, of `plan` or the one that its customer is believed
+        to be on.
+        """
+        plan = plan or self._plans.get((request.tenant, request.customer), self._likely)
         version = self._current.get(plan)
         if version is None or version.until_ms or request.event_ms:  # Else the last one is in force.
             version = self._at(plan, request.event_ms)
@@ -100,10 +102,14 @@ class Catalog:
         return self._unpriced(plan, request.event_ms, shape) if version is None else version.charge(shape)
 
     def learn(self, request: Consume, stale: Stale) -> None:
-        """Takes over what the store says: the customer's plan, and its time."""
+        """Takes over what the store says: its time, and the customer's plan. The plan of an event's own time is no hint
+        for other customers.
+        """
         if len(self._plans) >= MAX_REMEMBERED_PLANS:
             self._plans.clear()
-        self._plans[request.tenant, request.customer] = self._likely = stale.plan
+        self._plans[request.tenant, request.customer] = stale.plan
+        if not request.event_ms:
+            self._likely = stale.plan
         self._offset_ms = stale.now_ms - self._clock()
         self._current.pop(stale.plan, None)  # By the corrected clock it may be another one.
 

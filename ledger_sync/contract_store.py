@@ -14,6 +14,7 @@ import msgspec
 from entitlement import keys
 from entitlement.account import Config, Status
 from entitlement.errors import InvalidArgument
+from entitlement.grants import LATE_MS
 from entitlement.identity import check_id
 from entitlement.periods import Recurrence
 from entitlement.v1 import ledger_pb2 as pb
@@ -300,6 +301,9 @@ async def _reconfigure(
     """
     was = account.config
     _check_credit(was, config)
+    since_ms = min(to_ms("effective_at", contract.effective_at), account.now_ms) if before is None else account.now_ms
+    since_ms = max(since_ms, *[until_ms for until_ms, _ in was.earlier], 0)
+    config = config.following(was, since_ms, account.now_ms - LATE_MS)
     known = [] if before is None or was.anchor_ms != config.anchor_ms else before.quotas
     rules = {(quota.feature, quota.period) for quota in known}
     fresh = [

@@ -113,7 +113,7 @@ class Rig:
         prices = PriceList((await self.control.catalogs.snapshot()).tenants[0])
         account = await self.account(request.customer)
         at_ms = request.event_ms or await self.hot.now_ms()
-        charge: Charge = prices.charge(request, account.config.plan, at_ms)
+        charge: Charge = prices.charge(request, account.config.plan_at(at_ms), at_ms)
         (reply,) = await self.hot.consume([(request, charge)], Limits())
         return parse_outcome(reply, request)
 

@@ -11,6 +11,14 @@ local function read_config(c)
   return a
 end
 
+-- The rate card that prices what happened at `at`, of 'now|until:before|...' with the untils ascending.
+local function plan_at(plans, at)
+  for ends, plan in string.gmatch(plans, '|(%d+):([^|]+)') do
+    if at < tonumber(ends) then return plan end
+  end
+  return string.match(plans, '^[^|]+')
+end
+
 -- What only a roll, a crossing or a ledger change asks for.
 local function read_terms(a)
   if not a.recurrence then

@@ -47,6 +47,7 @@ if event == 0 then event = now
 elseif event < now - ARGV[7] or event > now + ARGV[8] then return '!TIME ' .. integer(now) end
 local at = math.min(event, now) -- An event a little ahead of this clock is decided as of now.
 local until_ = tonumber(ARGV[12])
+if string.find(a.plan, '|', 1, true) then a.plan = plan_at(a.plan, at) end
 if a.plan ~= ARGV[9] or at < tonumber(ARGV[11]) or (until_ > 0 and at >= until_) then
   return '!STALE ' .. a.plan .. ' ' .. integer(now)
 end

@@ -97,8 +97,9 @@ class MemoryStore:
         if not now - self._limits.oldest_ms <= event <= now + self._limits.newest_ms:
             return OutOfTime(now)
         at = min(event, now)
-        if live.config.plan != charge.plan or at < charge.from_ms or (charge.until_ms and at >= charge.until_ms):
-            return Stale(live.config.plan, now)
+        plan = live.config.plan_at(at)
+        if plan != charge.plan or at < charge.from_ms or (charge.until_ms and at >= charge.until_ms):
+            return Stale(plan, now)
         if live.period_end and now >= live.period_end:
             self.journal.append(journal.encode(_roll(request, live, now)))
         attempt = _Attempt(request, charge, deepcopy(live), now, event, at)

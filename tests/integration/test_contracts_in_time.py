@@ -11,6 +11,7 @@ import pytest
 from entitlement.account import Billing, Status
 from entitlement.decision import Decision, Reason, Verdict
 from entitlement.periods import DAY, HOUR, days_from_civil
+from entitlement.v1 import gateway_pb2
 from entitlement.v1 import ledger_pb2 as pb
 from tests.control_rig import TENANT, USD, Rig, card, eventually, refusal
 from tests.virtual_clock import Clock, clocked_rig
@@ -193,6 +194,35 @@ async def test_a_contracts_own_rates_win_and_follow_the_card(shop: Shop) -> None
     listed = await rig.stub.ListRateCards(pb.ListRequest())
     assert {item.id for item in listed.rate_cards} == {"llm"}
     assert (await refusal(rig.stub.PutRateCard(card("=deal", {"input.tokens": 1}))))[0] is INVALID
+    await proved(rig)
+
+
+async def test_a_late_event_is_priced_by_the_card_of_its_time(shop: Shop) -> None:
+    rig, clock = shop
+    await rig.stub.PutRateCard(card("dear", {"input.tokens": 5 * USD, "output.tokens": 5 * USD}))
+    await rig.stub.PutContract(contract("trial", ends=FEBRUARY))
+    await rig.stub.PutContract(contract("paid", begins=FEBRUARY, rate_card="dear"))
+    await rig.stub.CreateGrant(pb.Grant(id="g", customer="ada", amount_nanos=100 * USD))
+    await rig.account("ada")
+    await clock.set(FEBRUARY)
+    await rig.account_when("ada", lambda account: account.config.plan == "dear")
+    assert (await rig.consume("ada", "input.tokens", 1_000_000)).charged[0].amount == 5 * USD
+    before = await rig.consume("ada", "input.tokens", 1_000_000, event_ms=FEBRUARY - 1)
+    assert before.charged[0].amount == 3 * USD
+    at = await rig.consume("ada", "input.tokens", 1_000_000, event_ms=FEBRUARY)
+    assert at.charged[0].amount == 5 * USD
+    usage = gateway_pb2.CheckAndConsumeRequest(idempotency_key="late", customer="ada")
+    usage.usage.add(feature="input.tokens", quantity=1_000_000)
+    usage.event_time.FromMilliseconds(FEBRUARY - DAY)
+    assert (await rig.stub.RecordUsage(pb.RecordUsageRequest(events=[usage]))).recorded == 1
+    assert await rig.value("SELECT amount FROM usage_events WHERE idempotency_key = 'late'") == 3 * USD
+    await rig.hot.drop((TENANT, "ada"))
+    again = await rig.consume("ada", "input.tokens", 1_000_000, event_ms=FEBRUARY - 1)
+    assert again.charged[0].amount == 3 * USD, "an install knows it too"
+    await clock.advance(40 * DAY)
+    await rig.stub.PutContract(contract("paid", rate_card="llm"))
+    account = await rig.account_when("ada", lambda account: account.config.plan == "llm")
+    assert [plan for _, plan in account.config.earlier] == ["dear"], "what no event can reach is forgotten"
     await proved(rig)
 
 

@@ -82,6 +82,11 @@ class Draw:
             sequence=rng.randrange(2**40),
         )
         made.epoch = rng.randrange(1, 2**31)
+        if rng.random() < 0.3:
+            until = self.now - rng.randrange(1, 600) * HOUR
+            made.config = msgspec.structs.replace(
+                made.config, earlier=((until - 100 * HOUR, "oldest"), (until, "other"))
+            )
         made.meters = {
             feature: rng.choice([rng.randrange(100), 10**12, MAX_CUMULATIVE - 40]) for feature in FEATURES[:2]
         }
@@ -100,6 +105,9 @@ class Draw:
             )
             for feature in FEATURES
         }
+
+    def plan(self) -> str:
+        return self.rng.choices([PLAN, "other", "oldest"], [90, 8, 2])[0]
 
     def event_ms(self) -> int:
         rng = self.rng
@@ -151,7 +159,7 @@ async def compare(twin: MemoryBench, live: RedisBench, draw: Draw, name: str) ->
         bench.put(whole)
     for number in range(CALLS):
         call = draw.call(number)
-        price = charge(call, prices, plan="other" if draw.rng.random() < 0.02 else PLAN)
+        price = charge(call, prices, plan=draw.plan())
         expected, answer = await asyncio.gather(twin.store.consume(call, price), live.store.consume(call, price))
         assert timeless(answer) == timeless(expected), (name, number, call, price)
         kind = answer.reason.name if isinstance(answer, Decision) else type(answer).__name__
