@@ -29,6 +29,7 @@ class Order(msgspec.Struct, frozen=True):
     from_ms: int
     to_ms: int
     until_ms: int
+    adjust_final: bool = False
     cards: tuple[str, ...] = ()  # the rate card, and those that contracts with rates of their own derive from it
 
     def same(self, other: Order) -> bool:

@@ -24,8 +24,9 @@ from ledger_sync.corrections import BOOKED, LEASE, PLAN, Corrector, booked
 from ledger_sync.hot_store import HotStore
 from ledger_sync.posting import timestamp
 from ledger_sync.pricing import PriceList
+from ledger_sync.rated import rfc3339
 from ledger_sync.rebooking import Booked, Correction
-from ledger_sync.refusals import NotFound
+from ledger_sync.refusals import FailedPrecondition, NotFound
 from ledger_sync.repricing import Order, Repricing, Tally
 from ledger_sync.translate import to_ms
 from ledger_sync.usage import open_archive
@@ -52,6 +53,15 @@ _EVENTS: Final = f"""{BOOKED}
 WHERE u.tenant = $1 AND u.customer = $3 AND u.event_time >= $4 AND u.period_start = ANY($5::bigint[])
 ORDER BY u.epoch, u.sequence"""
 
+_FINAL: Final = """
+SELECT i.id, i.period_end FROM invoices i
+WHERE i.tenant = $1 AND ($2 = '' OR i.customer = $2) AND i.status = 2 AND i.period_start < $4 AND i.period_end > $3
+      AND EXISTS (SELECT 1 FROM usage_events u
+                  WHERE u.tenant = $1 AND u.customer = i.customer AND u.period_start = i.period_start
+                        AND u.event_time >= to_timestamp($3::bigint / 1000.0)
+                        AND u.event_time < to_timestamp($4::bigint / 1000.0) AND u.rate_card = ANY($5::text[]))
+ORDER BY i.period_end DESC LIMIT 1"""
+
 _CORRECTED: Final = """
 SELECT c.record AS now, coalesce(p.record, u.record) AS was
 FROM corrections c JOIN usage_events u ON u.tenant = c.tenant AND u.idempotency_key = c.idempotency_key
@@ -74,6 +84,7 @@ class Rerates:
     async def preview(self, request: pb.RerateRequest) -> pb.RerateReport:
         """What `rerate` would book, were nothing to happen in between. Changes nothing."""
         order = await self._order(request)
+        await self._refuse_final(order)
         async with self._previews:
             return await self._look(order, cause="")
 
@@ -91,6 +102,7 @@ class Rerates:
             if await self._audited("Rerated", request.idempotency_key) is None:
                 await self._look(order, cause)
                 if earlier is None:
+                    await self._refuse_final(order)
                     await self._audit("Rerate", request.idempotency_key, actor, msgspec.json.encode(order).decode())
                 await self._book(order, cause, lease)
                 report = await self._report(cause)
@@ -122,7 +134,22 @@ class Rerates:
         if until_ms - from_ms > MAX_DAYS * DAY:
             days = -(-(until_ms - from_ms) // DAY)
             raise InvalidArgument("to", f"is {days} days after from; expected at most {MAX_DAYS}")
-        return Order(request.customer, request.rate_card, from_ms, to_ms, until_ms, cards)
+        return Order(request.customer, request.rate_card, from_ms, to_ms, until_ms, request.adjust_final, cards)
+
+    async def _refuse_final(self, order: Order) -> None:
+        """What an invoice has told is corrected only when that is asked for: the difference lands in the open one."""
+        if order.adjust_final:
+            return
+        async with self._ledger.transaction(readonly=True) as connection:
+            row = await connection.fetchrow(
+                _FINAL, self._tenant, order.customer, order.from_ms, order.until_ms, list(order.cards)
+            )
+        if row:
+            raise FailedPrecondition(
+                "from",
+                f"{row['id']!r} is a final invoice of a period within; begin at {rfc3339(row['period_end'])}, or set"
+                " adjust_final: the differences land in the open period's invoice",
+            )
 
     async def _audited(self, action: str, key: str) -> str | None:
         async with self._ledger.transaction(readonly=True) as connection:

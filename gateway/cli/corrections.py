@@ -21,15 +21,25 @@ CORRECT_DEADLINE_S: Final = 600.0  # a call that broke off is carried on by the 
 @click.option("--to", "until", default="", callback=moment, metavar="TIME", help="Of the first events beyond; now.")
 @click.option("--customer", default="", help="One of them; all by default.")
 @click.option("--preview", is_flag=True, help="Only say what would be booked.")
+@click.option("--adjust-final", is_flag=True, help="Also what final invoices have told; the open one adjusts it.")
 @click.option("--key", default="", help="The idempotency key: needed to book; the same again books nothing more.")
 @admin_option
 def rerate_command(
-    rate_card: str, since: Timestamp, until: Timestamp | None, customer: str, preview: bool, key: str, admin: str
+    rate_card: str,
+    since: Timestamp,
+    until: Timestamp | None,
+    customer: str,
+    preview: bool,
+    adjust_final: bool,
+    key: str,
+    admin: str,
 ) -> None:
     """Prices past usage on RATE_CARD by the versions in force at its time, as the catalogue is now."""
     if preview == bool(key):
         raise click.UsageError("Give --preview to see, or --key to book.")
-    request = RerateRequest(rate_card=rate_card, customer=customer, to=until, idempotency_key=key)
+    request = RerateRequest(
+        rate_card=rate_card, customer=customer, to=until, idempotency_key=key, adjust_final=adjust_final
+    )
     getattr(request, "from").CopyFrom(since)
     with calls.admin(admin) as stub, show.progress("re-rating"):
         call = stub.PreviewRerate if preview else stub.Rerate

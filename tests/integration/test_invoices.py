@@ -267,6 +267,15 @@ class TestFinal:
         await rig.stub.PutRateCard(cheaper)
         request = pb.RerateRequest(customer="bob", rate_card="llm", to=at(FEBRUARY), idempotency_key="cheaper")
         getattr(request, "from").CopyFrom(at(JANUARY))
+        for call in (rig.stub.PreviewRerate, rig.stub.Rerate):
+            assert await refusal(call(request)) == (
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "from: 'bob:2026-01-01' is a final invoice of a period within; begin at 2026-02-01T00:00:00.000Z, or"
+                " set adjust_final: the differences land in the open period's invoice",
+            )
+        assert await rig.rows("SELECT 1 FROM corrections") == []
+        request.adjust_final = True
+        assert (await rig.stub.PreviewRerate(request)).delta_nanos == -USD
         assert (await rig.stub.Rerate(request)).delta_nanos == -USD
         found = await draft(rig)
         (line,) = found.lines

@@ -20,7 +20,7 @@ from ledger_sync.rebooking import Booked, Cycle, Line, Purse
 from ledger_sync.repricing import Order, Repricing, Tally
 from tests.journal_records import NOW_MS, PERIOD_MS, TENANT, consumed
 
-ORDER = Order("", "llm", PERIOD_MS, 0, NOW_MS + DAY, ("llm",))
+ORDER = Order("", "llm", PERIOD_MS, 0, NOW_MS + DAY, cards=("llm",))
 
 
 def grant(
