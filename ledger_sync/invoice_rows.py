@@ -20,14 +20,16 @@ if TYPE_CHECKING:
     from ledger_sync.ledger import Connection, Row
 
 NONE_BEFORE: Final = -(2**63)  # a lower bound of periods that leaves out none
+NO_END: Final = 2**63 - 1  # and an upper one
 
-# $3 the invoice's period, $4 periods up to which are another's.
+# $3 the end of the invoice's period, $4 periods up to which are another's. Periods of another rule, which a longer one
+# has come to hold, began after its own start.
 _OPEN: Final = """
 SELECT m.period_start, m.meter, m.quantity - coalesce(i.quantity, 0) AS quantity,
        m.amount - coalesce(i.amount, 0) AS amount,
        coalesce(i.quantity, 0) = 0 AND coalesce(i.amount, 0) = 0 AS whole
 FROM meters m LEFT JOIN invoiced i USING (tenant, customer, period_start, meter)
-WHERE m.tenant = $1 AND m.customer = $2 AND m.period_start <= $3 AND m.period_start > $4
+WHERE m.tenant = $1 AND m.customer = $2 AND m.period_start < $3 AND m.period_start > $4
       AND (m.quantity, m.amount) <> (coalesce(i.quantity, 0), coalesce(i.amount, 0))"""
 
 # The last final invoice of each period; of one that was cut otherwise since, the one that held its start.
@@ -86,10 +88,10 @@ async def read_facts(
     overage: int,
     after: int = NONE_BEFORE,
 ) -> Facts:
-    """What no final invoice has taken of the periods from `after` (without it) to the span's own. Contract and prices
-    are those in force just before `until_ms`; of an earlier period, just before its end.
+    """What no final invoice has taken of the periods that begin after `after` and before the span's end. Contract and
+    prices are those in force just before `until_ms`; of an earlier period, just before its end.
     """
-    rows = await connection.fetch(_OPEN, tenant, customer, span.start, after)
+    rows = await connection.fetch(_OPEN, tenant, customer, span.end or NO_END, after)
     usage = [Usage(Part(*(row[index] for index in range(4))), row["whole"]) for row in rows]
     starts = sorted({item.part.period_start for item in usage})
     adjusted = await connection.fetch(_ADJUSTED, tenant, customer, [start for start in starts if start != span.start])
