@@ -208,10 +208,11 @@ async def decide(connection: Connection, tenant: str, customer: str, change: Cha
     adjusted = dict(change.grants)
     pending = await _adjusted_by_pending(connection, tenant, customer)
     now_ms: int = row["now_ms"]
-    grants = await _standing(connection, tenant, customer, pending | set(adjusted), now_ms)
-    # What is given back to a grant that has ended meanwhile goes the way its rest went: with the next version.
-    returned = [grant.no for grant in grants if grant.ended(now_ms) and grant.no in adjusted]
-    grants = [grant for grant in grants if not grant.ended(now_ms) or grant.no in adjusted]
+    moved = set(adjusted) | set(change.new)
+    grants = await _standing(connection, tenant, customer, pending | moved, now_ms)
+    # What is given (back) to a grant that has ended already goes the way its rest went: with the next version.
+    returned = [grant.no for grant in grants if grant.ended(now_ms) and grant.no in moved]
+    grants = [grant for grant in grants if not grant.ended(now_ms) or grant.no in moved]
     contract: bytes | None = await connection.fetchval(_CONTRACT, tenant, customer)
     limits = limits_of(await connection.fetchval(_SUBJECTS, tenant, customer))
     delta = _delta(version, row, contract, config, change, grants, limits)
