@@ -295,12 +295,14 @@ async def _restart(connection: Connection, account: Locked, known: Recurring, wa
 async def _resize(connection: Connection, account: Locked, known: Recurring, wanted: Recurring) -> None:
     if known.amount == wanted.amount and known.ends_ms == 0:
         return
+    start_ms, _ = wanted.period(account.now_ms)
+    next_ms = max(known.next_ms, start_ms) if known.ends_ms else known.next_ms  # None for while there were no seats.
     await connection.execute(
-        "UPDATE recurring_grants SET amount = $3, ends_ms = 0, issue_ms = $4 WHERE tenant = $1 AND id = $2",
-        *(account.tenant, known.id, wanted.amount, wanted.issue_ms(known.next_ms)),
+        """UPDATE recurring_grants SET amount = $3, ends_ms = 0, next_ms = $4, issue_ms = $5
+           WHERE tenant = $1 AND id = $2""",
+        *(account.tenant, known.id, wanted.amount, next_ms, wanted.issue_ms(next_ms)),
     )
     more = wanted.amount - known.amount
-    start_ms, _ = wanted.period(account.now_ms)
     while more > 0 and start_ms < known.next_ms:
         suffix = f"+{changes.stamp(account.now_ms)}"
         await issue(connection, account, wanted.allotment(start_ms, more, suffix=suffix))
