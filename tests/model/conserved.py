@@ -12,6 +12,12 @@ from tests.model.life import Life
 
 COMMIT = "revenue:=commit"
 
+# What no final invoice has taken, and the draft therefore shows.
+_OPEN = """
+SELECT m.period_start, m.meter, m.quantity, m.amount, i.quantity AS taken_units, i.amount AS taken
+FROM meters m LEFT JOIN invoiced i USING (tenant, customer, period_start, meter)
+WHERE m.customer = $1 AND (m.quantity, m.amount) <> (coalesce(i.quantity, 0), coalesce(i.amount, 0))"""
+
 
 async def check(life: Life) -> None:
     """Everything. Call it when the life is at rest."""
@@ -172,7 +178,8 @@ async def invoices_are_revenue(life: Life) -> None:
         draft = await life.rig.stub.GetInvoice(pb.GetInvoiceRequest(customer=member.id))
         lines = [line for invoice in (*invoices, draft) for line in invoice.lines if line.feature]
         revenue = await _sum(life.rig, member.id, "e.account LIKE 'revenue:%' AND e.account <> 'revenue:=commit'")
-        assert sum(line.amount_nanos for line in lines) == revenue, member.id
+        open_ = await life.rig.rows(_OPEN, member.id)
+        assert sum(line.amount_nanos for line in lines) == revenue, (member.id, draft, list(map(dict, open_)))
         units = await life.rig.value(
             "SELECT coalesce(sum(quantity), 0)::bigint FROM meters WHERE customer = $1", member.id
         )

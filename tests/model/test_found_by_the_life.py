@@ -50,6 +50,52 @@ async def test_a_period_that_begins_where_an_earlier_one_began_goes_on_with_what
     assert (await rig.account("ada")).settled == 6 * USD
 
 
+async def test_what_is_corrected_of_a_period_that_a_longer_one_has_come_to_hold_is_on_its_invoice(shop: Shop) -> None:
+    rig, clock = shop
+    weekly = pb.Contract(id="contract-ada", customer="ada", rate_card="llm", period=pb.WEEK)
+    await rig.stub.PutCustomer(pb.Customer(id="ada"))
+    await rig.stub.PutContract(weekly)
+    event = gateway_pb2.CheckAndConsumeRequest(idempotency_key="k", customer="ada")
+    event.usage.add(feature="input.tokens", quantity=1_000_000)
+    await rig.stub.RecordUsage(pb.RecordUsageRequest(events=[event], backfill_id="b"))
+    await rig.stub.CloseBackfill(pb.BackfillRequest(id="b"))
+    await clock.advance(7 * DAY)
+    await rest(shop, "ada")
+    weekly.period = pb.YEAR
+    await rig.stub.PutContract(weekly)
+    await rest(shop, "ada")
+    await rig.stub.RevertBackfill(pb.BackfillRequest(id="b"))
+    await rest(shop, "ada")
+    draft = await rig.stub.GetInvoice(pb.GetInvoiceRequest(customer="ada"))
+    assert (draft.period_start, draft.total_nanos) == (at(START - 9 * DAY), -3 * USD)
+
+
+async def test_a_grant_whose_time_was_over_long_ago_is_breakage(shop: Shop) -> None:
+    rig, _ = shop
+    await rig.customer("ada")
+    await rig.account("ada")
+    begins, ends = at(START - 90 * DAY), at(START - 60 * DAY)
+    await rig.stub.CreateGrant(pb.Grant(id="g", customer="ada", amount_nanos=7, effective_at=begins, expires_at=ends))
+    await rest(shop, "ada")
+    broken = "SELECT sum(amount)::bigint FROM entries WHERE account = 'breakage'"
+    assert (await rig.value(broken), await rig.value("SELECT remaining FROM grant_balances")) == (7, 0)
+    await rest(shop, "ada")
+
+
+async def test_seats_that_come_back_have_no_allotments_of_the_time_between(shop: Shop) -> None:
+    rig, clock = shop
+    await rig.stub.PutCustomer(pb.Customer(id="ada"))
+    seats = pb.Contract(id="c", customer="ada", rate_card="llm", period=pb.WEEK, allowance_per_seat_nanos=10)
+    for number, days in ((1, 3), (0, 60), (2, 0)):
+        seats.seats = number
+        await rig.stub.PutContract(seats)
+        await rest(shop, "ada")
+        await clock.advance(days * DAY)
+        await rest(shop, "ada")
+    listed = (await rig.stub.ListGrants(pb.ListRequest(customer="ada"))).grants
+    assert [grant.amount_nanos for grant in listed] == [10, 20]
+
+
 async def test_allotments_that_were_missed_roll_over_what_they_may_together(shop: Shop) -> None:
     rig, clock = shop
     await rig.customer("ada")
