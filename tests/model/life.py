@@ -90,7 +90,7 @@ class Life:
 
     async def step(self) -> None:
         """Some days pass, and some things happen in them."""
-        await self.clock.advance(self.random.randint(2 * DAY, 8 * DAY))
+        await self.clock.advance(self.random.randint(3 * DAY, 11 * DAY))
         await self.rest()
         for act in self._acts(len(self.members) // 6 + 1):
             await act
@@ -157,7 +157,7 @@ class Life:
         for _ in range(8):
             async with asyncio.timeout(DEADLINE_S):
                 await ensure(self.rig.hot, names)
-            prices = await self._price_list()
+            prices = await self.price_list()
             calls = [(request, prices.charge(request, member.plan, at_ms)) for member, request, at_ms in open_]
             replies = await self.rig.hot.consume(calls, limits)
             more: list[tuple[Member, Consume, int]] = []
@@ -420,7 +420,7 @@ class Life:
                 chosen.append(split)
         return chosen
 
-    async def _price_list(self) -> PriceList:
+    async def price_list(self) -> PriceList:
         if self._prices is None or self._prices.generation != await self.rig.control.catalogs.generation():
             self._prices = PriceList((await self.rig.control.catalogs.snapshot()).tenants[0])
         return self._prices
