@@ -23,9 +23,10 @@ from ledger_sync.telemetry import Figures
 from ledger_sync.worker import uninterrupted
 
 if TYPE_CHECKING:
-    from ledger_sync.ledger import Lease, Ledger
+    from ledger_sync.ledger import Lease, Ledger, Presence
 
 LEASE: Final = "journal"
+SHARE_EVERY_S: Final = 0.5  # how often the lanes are shared out: those of a process that died wait no longer
 BLOCK_MS: Final = 250  # a read waits no longer, and neither does a stop for it
 POLL_S: Final = 0.25  # how long a settled position may go unnoticed
 LAG_EVERY_S: Final = 5.0
@@ -77,6 +78,14 @@ class Lane:
         self._done = asyncio.Event()  # of the batch in hand
 
     async def run(self, lease: Lease) -> None:
+        """Until it is cancelled: then the batch in hand is finished, and what was read beyond it is left to others."""
+        try:
+            await self._run(lease)
+        finally:
+            self._in_hand = False
+            self._done.set()
+
+    async def _run(self, lease: Lease) -> None:
         await self.reader.join()
         async for entries in self.reader.pending():
             batch = Batch()
@@ -188,7 +197,9 @@ class Lane:
 
 
 class Drain:
-    """The one active drain of a deployment, by lease: a second one waits. Its readers share the partitions."""
+    """One of a deployment's drains. Each reader is a lane of partitions; whoever has a lane's lease is at work on it,
+    and the drains that are there share the lanes evenly. All are given the same number of lanes.
+    """
 
     def __init__(
         self,
@@ -204,13 +215,48 @@ class Drain:
         self._figures = figures
         self._lanes = [Lane(ledger, reader, batch, linger_ms, figures, on_commit) for reader in readers]
         self._lane_of = {partition: lane for lane in self._lanes for partition in lane.reader.partitions}
+        self._serving: dict[int, asyncio.Task[None]] = {}
+
+    @property
+    def serving(self) -> tuple[int, ...]:
+        """The lanes that this one is at work on."""
+        return tuple(sorted(self._serving))
 
     async def run(self) -> None:
         """Until it is cancelled: then the batch in hand is finished and acknowledged. Raises when a store is away."""
-        async with self._ledger.lease(LEASE) as lease, asyncio.TaskGroup() as group:
-            for lane in self._lanes:
-                group.create_task(lane.run(lease))
-            group.create_task(self._watch_lag())
+        try:
+            async with self._ledger.presence(LEASE) as presence, asyncio.TaskGroup() as group:
+                group.create_task(self._watch_lag())
+                while True:
+                    await self._share(presence, group)
+                    await asyncio.sleep(SHARE_EVERY_S)
+        finally:
+            self._serving = {}
+
+    async def _share(self, presence: Presence, group: asyncio.TaskGroup) -> None:
+        """Gives up the lanes beyond a fair share, takes free ones up to it."""
+        share = -(-len(self._lanes) // max(1, await presence.count()))
+        for number in self.serving[share:]:
+            task = self._serving.pop(number)
+            task.cancel()
+            await asyncio.wait([task])
+        for number in range(len(self._lanes)):
+            if len(self._serving) >= share:
+                return
+            if number not in self._serving:
+                await self._take(number, group)
+
+    async def _take(self, number: int, group: asyncio.TaskGroup) -> None:
+        taken: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        task = group.create_task(self._serve(number, taken))
+        if await taken:
+            self._serving[number] = task
+
+    async def _serve(self, number: int, taken: asyncio.Future[bool]) -> None:
+        async with self._ledger.try_lease(f"{LEASE}/{number}/{len(self._lanes)}") as lease:
+            taken.set_result(lease is not None)
+            if lease is not None:
+                await self._lanes[number].run(lease)
 
     async def settled(self, partition: int, stream_id: str) -> None:
         """Returns when the ledger has every record of the partition's journal up to that id. Bound it by a deadline.

@@ -28,12 +28,19 @@ else:
     from asyncpg import Record as Row
     from asyncpg.pool import PoolConnectionProxy as Connection
 
-__all__ = ["Connection", "Lease", "Ledger", "LedgerError", "LedgerRefused", "LedgerUnavailable", "Row"]
+__all__ = ["Connection", "Lease", "Ledger", "LedgerError", "LedgerRefused", "LedgerUnavailable", "Presence", "Row"]
 
 CONNECT_TIMEOUT_S: Final = 10.0
 COMMAND_TIMEOUT_S: Final = 60.0  # no statement of ours runs longer
 LEASE_POLL_S: Final = 0.2
 LEASE_CLASS: Final = 0x656E74  # the first half of our advisory lock keys
+PRESENCE_CLASS: Final = 0x656E75
+
+_TRY: Final = "SELECT pg_try_advisory_lock($1, $2)"
+_PRESENT: Final = """
+SELECT count(*) FROM pg_locks
+WHERE locktype = 'advisory' AND classid = $1::integer::oid AND objid = $2::integer::oid AND mode = 'ShareLock'
+      AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
 
 # Nothing else would have refused the same statement on another day: what the data broke, by SQLSTATE class.
 _REFUSALS: Final = ("22", "23", "P0")  # data exception, integrity constraint violation, raised by a trigger
@@ -68,6 +75,22 @@ class Lease:
         """Raises LedgerUnavailable when the lease is lost."""
         if not self.held:
             raise LedgerUnavailable(f"the lease {self.name!r} is lost")
+
+
+class Presence:
+    """One of those who are there under a name: how many there are."""
+
+    def __init__(self, name: str, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+        self._name = name
+        self._connection = connection
+
+    async def count(self) -> int:
+        """With oneself, and without a process that has died. LedgerUnavailable: one's own session is over."""
+        with translated():
+            found: int = await self._connection.fetchval(
+                *(_PRESENT, PRESENCE_CLASS, _key(self._name)), timeout=COMMAND_TIMEOUT_S
+            )
+        return found
 
 
 class Ledger:
@@ -139,22 +162,49 @@ class Ledger:
     @contextlib.asynccontextmanager
     async def lease(self, name: str) -> AsyncIterator[Lease]:
         """Waits for the advisory lock `name`, then holds it on its own connection: one holder in the deployment."""
+        async with self._session(name) as connection:
+            with translated():
+                await _lock(connection, _key(name))
+            yield Lease(name, connection)
+
+    @contextlib.asynccontextmanager
+    async def try_lease(self, name: str) -> AsyncIterator[Lease | None]:
+        """As `lease`, without waiting. None: another has it."""
+        async with self._session(name) as connection:
+            with translated():
+                got = await connection.fetchval(_TRY, LEASE_CLASS, _key(name), timeout=COMMAND_TIMEOUT_S)
+            yield Lease(name, connection) if got else None
+
+    @contextlib.asynccontextmanager
+    async def presence(self, name: str) -> AsyncIterator[Presence]:
+        """Counts as one who is there under `name`, for as long as the block lasts or the process lives."""
+        async with self._session(name) as connection:
+            with translated():
+                await connection.execute(
+                    "SELECT pg_advisory_lock_shared($1, $2)", PRESENCE_CLASS, _key(name), timeout=COMMAND_TIMEOUT_S
+                )
+            yield Presence(name, connection)
+
+    @contextlib.asynccontextmanager
+    async def _session(self, name: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
+        """A connection of its own; what is locked in it ends with it."""
         with translated():
             connection = await asyncpg.connect(
                 self._dsn, timeout=CONNECT_TIMEOUT_S, server_settings={"application_name": f"ledger_sync {name}"}
             )
         try:
-            with translated():
-                await _lock(connection, zlib.crc32(name.encode()) & 0x7FFFFFFF)
-            yield Lease(name, connection)
+            yield connection
         finally:
-            connection.terminate()  # Ends the session, and the lock with it.
+            connection.terminate()
+
+
+def _key(name: str) -> int:
+    return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 
 async def _lock(connection: asyncpg.Connection[asyncpg.Record], key: int) -> None:
     """Asks again and again: a statement that waits inside the server would hold a snapshot open all the while."""
-    ask = "SELECT pg_try_advisory_lock($1, $2)"
-    while not await connection.fetchval(ask, LEASE_CLASS, key, timeout=COMMAND_TIMEOUT_S):  # noqa: ASYNC110
+    while not await connection.fetchval(_TRY, LEASE_CLASS, key, timeout=COMMAND_TIMEOUT_S):  # noqa: ASYNC110
         await asyncio.sleep(LEASE_POLL_S)  # What is waited for happens in another process.
 
 

@@ -25,7 +25,7 @@ from entitlement.v1.gateway_pb2 import CheckAndConsumeRequest
 from ledger_sync.drain import Drain
 from ledger_sync.hot_store import HotStore
 from ledger_sync.journal_reader import JournalReader
-from ledger_sync.ledger import Ledger, Row
+from ledger_sync.ledger import Lease, Ledger, Row
 from ledger_sync.posting import Posted
 from ledger_sync.settlement import Outcome
 from ledger_sync.telemetry import Figures
@@ -338,6 +338,77 @@ async def test_of_two_drains_one_works_and_the_other_takes_over(pipe: Pipe, seed
         await pipe.settle(second)
     assert pipe.booked == granted + 1
     await pipe.agree()
+
+
+def four_lanes(pipe: Pipe, consumer: str) -> Drain:
+    return pipe.drain(*[pipe.reader(consumer, [partition]) for partition in range(PARTITIONS)])
+
+
+async def serving(drains: Sequence[Drain], *counts: int) -> list[tuple[int, ...]]:
+    """The lanes of each, once they have so many."""
+    async with asyncio.timeout(DEADLINE_S):
+        while [len(drain.serving) for drain in drains] != list(counts):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    return [drain.serving for drain in drains]
+
+
+async def test_drains_share_the_lanes_and_take_over_those_of_one_that_ends(pipe: Pipe, seed: int) -> None:
+    drains = [four_lanes(pipe, consumer) for consumer in ("one", "two", "three")]
+    first, second, third = drains
+    granted = 0
+    async with running(first):
+        await serving(drains, 4, 0, 0)
+        async with running(second):
+            split = await serving(drains, 2, 2, 0)
+            assert sorted(sum(split, ())) == [0, 1, 2, 3]
+            granted += await pipe.traffic(200, Random(seed), "two")
+            await pipe.settle(first)  # Whoever is asked knows of all lanes.
+            async with running(third):
+                await serving(drains, 2, 2, 0)  # Of four lanes for three a fair share is two.
+                granted += await pipe.traffic(50, Random(seed + 1), "three")
+        await serving(drains, 4, 0, 0)
+        granted += await pipe.traffic(100, Random(seed + 2), "one")
+        await pipe.settle(first)
+    assert pipe.booked == granted
+    await pipe.agree()
+
+
+async def test_lanes_of_a_drain_whose_sessions_die_are_taken_over(pipe: Pipe, seed: int) -> None:
+    drains = first, second = four_lanes(pipe, "one"), four_lanes(pipe, "two")
+    running_first = asyncio.create_task(first.run())
+    await serving(drains, 4, 0)
+    sessions = [row["pid"] for row in await pipe.rows(_SESSIONS)]
+    assert len(sessions) == 5  # Its presence, and a lease for each lane.
+    async with running(second):
+        await serving(drains, 2, 2)
+        granted = await pipe.traffic(100, Random(seed))
+        await pipe.rows("SELECT pg_terminate_backend(pid) FROM unnest($1::integer[]) pid", sessions)
+        granted += await pipe.traffic(100, Random(seed + 1), "after")
+        await asyncio.wait([running_first], timeout=DEADLINE_S)
+        await serving(drains, 0, 4)
+        granted += await pipe.traffic(50, Random(seed + 2), "alone")
+        await pipe.settle(second)
+    assert running_first.done() and running_first.exception() is not None
+    assert pipe.booked == granted
+    await pipe.agree()
+
+
+_SESSIONS = "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'ledger_sync journal%'"
+
+
+async def test_without_leases_two_would_be_at_work_on_one_lane(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The protection off: what the tests above rely on is not there by chance."""
+
+    @asynccontextmanager
+    async def anyone(ledger: Ledger, name: str) -> AsyncIterator[Lease]:
+        async with ledger._session(name) as connection:
+            yield Lease(name, connection)
+
+    monkeypatch.setattr(Ledger, "try_lease", anyone)
+    drains = four_lanes(pipe, "one"), four_lanes(pipe, "two")
+    async with running(*drains):
+        mine, others = await serving(drains, 2, 2)
+        assert mine == others
 
 
 async def test_a_change_of_the_ledger_is_confirmed_by_the_journal(pipe: Pipe) -> None:
