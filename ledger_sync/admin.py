@@ -215,6 +215,7 @@ def _report_message(report: Report) -> pb.VerifyReport:
                 hot_nanos=item.difference.hot,
                 ledger_nanos=item.difference.ledger,
                 sequence=item.sequence,
+                part=item.difference.part,
             )
             for item in report.drifts[:MAX_DRIFTS]
         ],

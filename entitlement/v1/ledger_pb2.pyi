@@ -1751,10 +1751,12 @@ class Drift(_message.Message):
     HOT_NANOS_FIELD_NUMBER: _builtins.int
     LEDGER_NANOS_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
     customer: _builtins.str
     hot_nanos: _builtins.int
     ledger_nanos: _builtins.int
     sequence: _builtins.int
+    part: _builtins.str
     def __init__(
         self,
         *,
@@ -1762,10 +1764,11 @@ class Drift(_message.Message):
         hot_nanos: _builtins.int = ...,
         ledger_nanos: _builtins.int = ...,
         sequence: _builtins.int = ...,
+        part: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["customer", b"customer", "hot_nanos", b"hot_nanos", "ledger_nanos", b"ledger_nanos", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["customer", b"customer", "hot_nanos", b"hot_nanos", "ledger_nanos", b"ledger_nanos", "part", b"part", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -57,14 +57,19 @@ def show_report(report: VerifyReport) -> None:
         ]
     )
     for drift in report.drifts[:_SHOWN]:
-        hot, ledger = format_amount(drift.hot_nanos), format_amount(drift.ledger_nanos)
-        show.line(f"drift  {drift.customer}: hot {hot}, ledger {ledger} at sequence {drift.sequence}")
+        hot, ledger = (_figure(drift.part, number) for number in (drift.hot_nanos, drift.ledger_nanos))
+        show.line(f"drift  {drift.customer} {drift.part}: hot {hot}, ledger {ledger} at sequence {drift.sequence}")
     if report.drifted > _SHOWN:
         show.line(f"drift  and {report.drifted - _SHOWN} more customers")
     faults = ", ".join(f"{name} {number}" for name, number in _faults(report) if number)
     if faults:
         show.line(f"not clean: {faults}")
     show.line(summary(report))
+
+
+def _figure(part: str, number: int) -> str:
+    """Meters and places in the journal are plain numbers; everything else is an amount."""
+    return str(number) if part.startswith("meter:") or part == "place" else format_amount(number)
 
 
 def summary(report: VerifyReport) -> str:

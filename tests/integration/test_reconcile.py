@@ -253,8 +253,8 @@ class TestVerify:
         report = await verify(shop)
         assert (report.customers, report.drifted, report.drift_nanos) == (1, 1, 1)
         (drift,) = report.drifts
-        assert (drift.customer, drift.hot_nanos, drift.ledger_nanos, drift.sequence) == (
-            *("bob", 7 * USD + 1, 7 * USD, 1),
+        assert (drift.customer, drift.part, drift.hot_nanos, drift.ledger_nanos, drift.sequence) == (
+            *("bob", "grant:1", 7 * USD + 1, 7 * USD, 1),
         )
         repaired = await shop.stub.Verify(pb.VerifyRequest(repair=True), metadata=(("x-actor", "amy"),))
         assert repaired.drift_nanos == 1
