@@ -273,19 +273,25 @@ def test_verify_fails_when_it_is_not_clean(cli: Command, admin: Admin, fault: di
 
 def test_verify_waits_for_the_journal_and_repairs_what_drifts(cli: Command, admin: Admin) -> None:
     lagging = ledger_pb2.VerifyReport(journal_lag=2)
-    drifts = [
-        ledger_pb2.Drift(customer="ada", part="grant:3", hot_nanos=8, ledger_nanos=1, sequence=5),
-        ledger_pb2.Drift(customer="ada", part="meter:tokens", hot_nanos=12, ledger_nanos=10, sequence=5),
-    ]
-    drifting = ledger_pb2.VerifyReport(drifted=1, drift_nanos=7, drifts=drifts)
+    drifting = ledger_pb2.VerifyReport(drifted=1, drift_nanos=7)
     settled = ledger_pb2.VerifyReport()
     admin.reports = [lagging, settled, drifting, drifting, CLEAN]
     result = cli("verify", "--repair", "cust-0001")
     assert result.exit_code == 0 and result.output.splitlines()[-1] == CLEAN_LINE
     assert [request.repair for request in admin.verified] == [False, False, False, True, False, False]
+    assert {request.customer for request in admin.verified} == {"cust-0001"}
+
+
+def test_verify_names_what_drifts(cli: Command, admin: Admin) -> None:
+    drifts = [
+        ledger_pb2.Drift(customer="ada", part="grant:3", hot_nanos=8, ledger_nanos=1, sequence=5),
+        ledger_pb2.Drift(customer="ada", part="meter:tokens", hot_nanos=12, ledger_nanos=10, sequence=5),
+    ]
+    admin.reports = [ledger_pb2.VerifyReport(drifted=1, drift_nanos=9, drifts=drifts)]
+    result = cli("verify", "--wait", "0")
+    assert result.exit_code == 1
     assert "drift  ada grant:3: hot 0.000000008, ledger 0.000000001 at sequence 5" in result.output
     assert "drift  ada meter:tokens: hot 12, ledger 10 at sequence 5" in result.output
-    assert {request.customer for request in admin.verified} == {"cust-0001"}
 
 
 def test_a_balance_is_shown_in_the_credit_type(cli: Command) -> None:
