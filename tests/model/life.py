@@ -90,9 +90,9 @@ class Life:
 
     async def step(self) -> None:
         """Some days pass, and some things happen in them."""
-        await self.clock.advance(self.random.randint(3 * DAY, 11 * DAY))
+        await self.clock.advance(self.random.randint(4 * DAY, 12 * DAY))
         await self.rest()
-        for act in self._acts(len(self.members) // 6 + 1):
+        for act in self._acts(len(self.members) // 8 + 1):
             await act
         await self.usage()
         if self.random.random() < 0.25:
@@ -129,10 +129,8 @@ class Life:
     async def settled(self) -> None:
         """Everything that the journal has is in the ledger."""
         hot = self.rig.hot
-        for partition, last in (
-            await hot.last_ids(sorted({hot.partition((TENANT, m.id)) for m in self.members}))
-        ).items():
-            await self.rig.drain.settled(partition, last)
+        ids = await hot.last_ids({hot.partition((TENANT, member.id)) for member in self.members})
+        await asyncio.gather(*(self.rig.drain.settled(partition, last) for partition, last in ids.items()))
 
     # Usage
 
@@ -371,7 +369,10 @@ class Life:
         await self._put_card(name, now_ms + days * DAY)
         self.done["price"] += 1
         if days < 0 and random.random() < 0.8:
-            request = pb.RerateRequest(rate_card=name, idempotency_key=f"rr-{next(self._keys)}")
+            derived = [member.plan for member in self.members if member.plan.startswith("=")]
+            plan = random.choice([name, name, *derived[:1]])
+            request = pb.RerateRequest(rate_card=plan, idempotency_key=f"rr-{next(self._keys)}")
+            request.adjust_final = random.random() < 0.8
             getattr(request, "from").CopyFrom(at(now_ms + days * DAY - random.choice((0, DAY))))
             if random.random() < 0.3:
                 request.customer = random.choice(self.members).id
