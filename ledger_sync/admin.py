@@ -154,6 +154,22 @@ class LedgerAdmin(LedgerAdminServicer):
         return await self._control.dead_letters.retry(request, actor)
 
     @_answered
+    async def ListQuarantine(self, request: pb.ListRequest, actor: str) -> pb.ListQuarantineResponse:
+        return await self._control.quarantine.list(page_of(request, after=(int,), customer=True))
+
+    @_answered
+    async def RetryQuarantine(self, request: pb.QuarantineRequest, actor: str) -> pb.QuarantineResponse:
+        answer = await self._control.quarantine.retry(request, actor)
+        self._control.pusher.wake()
+        return answer
+
+    @_answered
+    async def DropQuarantine(self, request: pb.QuarantineRequest, actor: str) -> pb.QuarantineResponse:
+        answer = await self._control.quarantine.drop(request, actor)
+        self._control.pusher.wake()
+        return answer
+
+    @_answered
     async def RecordUsage(self, request: pb.RecordUsageRequest, actor: str) -> pb.RecordUsageResponse:
         if request.backfill_id:
             return await self._control.backfills.gather(request, actor)

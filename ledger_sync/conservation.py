@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from ledger_sync import changes
+from ledger_sync import changes, quarantine
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Connection
@@ -88,7 +88,6 @@ SELECT (SELECT count(*) FROM usage_events WHERE tenant = $1 AND ($2 = '' OR cust
        (SELECT (coalesce(sum(amount), 0) + (SELECT coalesce(sum(difference), 0) FROM corrections
                                             WHERE tenant = $1 AND ($2 = '' OR customer = $2)))::text FROM usage_events
         WHERE tenant = $1 AND ($2 = '' OR customer = $2)) AS total,
-       (SELECT count(*) FROM quarantine WHERE resolved_at IS NULL) AS quarantined,
        (SELECT count(*) FROM outbox) AS outbox_pending,
        (SELECT coalesce(sum(gaps), 0)::bigint FROM accounts WHERE tenant = $1 AND ($2 = '' OR customer = $2)) AS gaps"""
 
@@ -120,13 +119,15 @@ class Totals(msgspec.Struct, frozen=True):
     unbalanced: int
 
 
+NOTHING: Final = Totals(0, 0, 0, 0, 0, 0)
+
+
 async def totals(connection: Connection, tenant: str, customer: str) -> Totals:
     row = await connection.fetchrow(_TOTALS, tenant, customer)
     assert row is not None
     unbalanced: int = await connection.fetchval(_UNBALANCED, tenant, customer)
-    return Totals(
-        *(row["events"], int(row["total"]), row["quarantined"], row["outbox_pending"], row["gaps"], unbalanced)
-    )
+    quarantined = await quarantine.count(connection, tenant, customer)
+    return Totals(*(row["events"], int(row["total"]), quarantined, row["outbox_pending"], row["gaps"], unbalanced))
 
 
 async def mismatches(connection: Connection, tenant: str, customer: str) -> list[Mismatch]:

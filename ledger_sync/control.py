@@ -23,8 +23,10 @@ from ledger_sync.hot_store import HotStore
 from ledger_sync.install import Installer, Settled
 from ledger_sync.invoices import InvoiceStore
 from ledger_sync.page_turns import PageTurner
+from ledger_sync.patrol import Patrol
 from ledger_sync.pusher import Pusher
 from ledger_sync.reconcile import Reconciler
+from ledger_sync.redrive import Redriver
 from ledger_sync.rerate import Rerates
 from ledger_sync.sweep import Chore, Sweeper
 from ledger_sync.top_ups import TopUps
@@ -66,7 +68,9 @@ class ControlPlane:
         self.backfills = Backfills(ledger, hot, self.usage, tenant)
         self.rerates = Rerates(ledger, hot, self.catalogs, tenant)
         self.dead_letters = DeadLetterStore(ledger, tenant)
+        self.quarantine = Redriver(ledger, hot, tenant)
         self.reconciler = Reconciler(ledger, hot, self.pusher, tenant)
+        self.patrol: Patrol | None = None  # whoever runs it sets it before
         self.sweeper = Sweeper(ledger, self._chores())
 
     def _chores(self) -> dict[str, Chore]:
@@ -88,6 +92,8 @@ class ControlPlane:
         async with self._ledger.lease(LEASE) as lease, asyncio.TaskGroup() as group:
             for loop in (self.installer, self.pusher, self.publisher, self.sweeper):
                 group.create_task(loop.run())
+            if self.patrol:
+                group.create_task(self.patrol.run())
             group.create_task(_watch(lease))
 
     async def catalog_changed(self) -> None:

@@ -20,6 +20,7 @@ from ledger_sync.hot_store import HotStore
 from ledger_sync.journal_reader import JournalReader
 from ledger_sync.ledger import Ledger, LedgerUnavailable
 from ledger_sync.outbox import Outbox
+from ledger_sync.patrol import Patrol
 from ledger_sync.publisher import open_publisher
 from ledger_sync.settings import Settings, split_address
 from ledger_sync.settlement import Outcome
@@ -77,7 +78,11 @@ class Process:
             batch=settings.batch,
             linger_ms=settings.linger_ms,
         )
-        self._control = ControlPlane(ledger, self._hot, drain.settled, settings.tenant, Limits())
+        self._control = control = ControlPlane(ledger, self._hot, drain.settled, settings.tenant, Limits())
+        if settings.patrol_s:
+            control.patrol = Patrol(
+                ledger, control.reconciler, settings.tenant, figures=self._figures, round_s=settings.patrol_s
+            )
         self._outbox = Outbox(ledger, self._publisher, figures=self._figures, random=self._random)
         loops: dict[str, Loop] = {"drain": drain, "outbox": self._outbox, "control": self._control}
         if self._target:

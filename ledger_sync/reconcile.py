@@ -79,7 +79,9 @@ class Reconciler:
         self._tenant = tenant
         self.wait_s = WAIT_S
 
-    async def verify(self, customer: str = "", *, repair: bool = False, actor: str = "unknown") -> Report:
+    async def verify(
+        self, customer: str = "", *, repair: bool = False, actor: str = "unknown", logged: bool = True
+    ) -> Report:
         """The report of what was found; with `repair` it has been healed when this returns, or is on its way: the
         ledger is authoritative, its projections become the sums of its entries, and a ledger change makes the hot
         account what they say. NotFound: no such customer.
@@ -105,10 +107,16 @@ class Reconciler:
             raise NotFound("customer", f"{customer!r} is unknown or has no contract")
         async with self._ledger.transaction(readonly=True) as connection:  # Now that the journal has been waited for.
             report.totals = await conservation.totals(connection, self._tenant, customer)
-        for item in report.drifts[:MAX_LOGGED]:
-            part, hot, ledger = item.difference.part, item.difference.hot, item.difference.ledger
-            log.error("drift", customer=item.customer, part=part, hot=hot, ledger=ledger, sequence=item.sequence)
+        if logged:
+            log_drifts(report.drifts)
         return report
+
+    async def compare(self, after: str) -> tuple[list[str], list[Drift]]:
+        """The next customers after that one, in order, and what of their hot accounts drifts. Changes nothing."""
+        names = await self._accounts("", after)
+        unused = Report(conservation.NOTHING)
+        found = await self._differing(names, monotonic() + self.wait_s, unused) if names else []
+        return names, [Drift(seen.customer, item, seen.account.sequence) for seen, items in found for item in items]
 
     async def _inside(self, customer: str, repair: bool, actor: str) -> Report:
         async with self._ledger.transaction(isolation="repeatable_read", readonly=True) as connection:
@@ -189,6 +197,8 @@ class Reconciler:
         change = drift.repair(found, seen.account.period_start)
         async with self._ledger.transaction() as connection:
             account = await changes.lock(connection, *name)
+            if await verify_reads.repaired(connection, *name, seen.account.version):
+                return  # By someone who looked at the same time.
             known = await verify_reads.grants_of(connection, *name)
             anew = any(item.part == PLACE for item in found) or not known.issuperset(no for no, _ in change.grants)
             if anew:
@@ -219,3 +229,9 @@ class Reconciler:
         )
         await changes.book(connection, transaction)
         await changes.audit(connection, self._tenant, actor, "Repair", customer, text)
+
+
+def log_drifts(drifts: Sequence[Drift]) -> None:
+    for item in drifts[:MAX_LOGGED]:
+        part, hot, ledger = item.difference.part, item.difference.hot, item.difference.ledger
+        log.error("drift", customer=item.customer, part=part, hot=hot, ledger=ledger, sequence=item.sequence)

@@ -28,6 +28,7 @@ _BOUNDS: Final = {
     "linger_ms": (0, 1_000),
     "connections": (4, 100),
     "webhook_timeout_ms": (100, 60_000),
+    "patrol_s": (0, 86_400),
     "start_ms": (0, 600_000),
     "stop_ms": (0, 600_000),
 }
@@ -51,6 +52,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     linger_ms: int = 20  # 0..1000: how long a small batch gathers
     connections: int = 8  # 4..100 to the database
     metrics: str = ""  # host:port of the figures for Prometheus; empty: none
+    patrol_s: int = 60  # 0..86400: how long a round over all accounts takes at least, hot against ledger; 0: none
     start_ms: int = 60_000  # 0..600000: how long the database may take to come
     stop_ms: int = 5_000  # 0..600000: how long calls in flight may finish after SIGTERM
     webhook_url: str = ""  # who is told of crossings, contracts, top-ups, invoices by webhook; empty: nobody

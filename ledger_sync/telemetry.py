@@ -59,6 +59,15 @@ class Figures:
             buckets=_SECONDS,
             registry=registry,
         )
+        self.repairs = counter("patrol_repairs", "Accounts whose drift the patrol has healed.")
+        self.drift = Gauge(
+            "entitlement_sync_drift_nanos",
+            "Hot minus ledger at equal sequence, absolute sum, as each account was seen last.",
+            registry=registry,
+        )
+        self.drifted = Gauge(
+            "entitlement_sync_drifted_customers", "Customers whose account drifts, as seen last.", registry=registry
+        )
         self.lag = Gauge("entitlement_sync_journal_lag", "Journal records that are not settled.", registry=registry)
         self.webhooks_pending = Gauge(
             "entitlement_sync_webhooks_pending", "Webhook deliveries that wait.", registry=registry

@@ -57,10 +57,12 @@ FROM transactions t JOIN entries e ON e.transaction_id = t.id
      JOIN unnest($2::text[], $3::bigint[], $4::bigint[]) AS w (customer, sequence, version) ON w.customer = t.customer
 WHERE t.tenant = $1 AND t.id > $5 AND (t.sequence > w.sequence OR t.sequence = 0 AND t.version > w.version)"""
 
+# Of earlier installs none is late: what of them is settled after the install comes with a ledger change.
 _LATE_EVENTS: Final = """
 SELECT u.customer, u.period_start, u.amount, u.record
-FROM usage_events u JOIN unnest($2::text[], $3::bigint[]) AS w (customer, sequence) ON w.customer = u.customer
-WHERE u.tenant = $1 AND u.sequence > w.sequence"""
+FROM usage_events u JOIN unnest($2::text[], $3::bigint[], $4::bigint[]) AS w (customer, sequence, epoch)
+     ON w.customer = u.customer
+WHERE u.tenant = $1 AND u.sequence > w.sequence AND u.epoch >= w.epoch"""
 
 
 async def places(connection: Connection, tenant: str, customers: Sequence[str]) -> dict[str, Place]:
@@ -73,6 +75,16 @@ async def grants_of(connection: Connection, tenant: str, customer: str) -> set[i
     """The number of every grant the customer ever had."""
     rows = await connection.fetch("SELECT no FROM grants WHERE tenant = $1 AND customer = $2", tenant, customer)
     return {row["no"] for row in rows}
+
+
+async def repaired(connection: Connection, tenant: str, customer: str, version: int) -> bool:
+    """Whether a repair was decided that a hot account of this version does not show yet."""
+    found: bool = await connection.fetchval(
+        """SELECT EXISTS (SELECT 1 FROM transactions WHERE tenant = $1 AND customer = $2 AND kind = 'adjust'
+                          AND starts_with(idempotency_key, 'repair:') AND version > $3)""",
+        *(tenant, customer, version),
+    )
+    return found
 
 
 async def mark(connection: Connection, tenant: str, customers: Sequence[str]) -> Mark:
@@ -124,7 +136,11 @@ async def _read_late(
     moved = {name: account for name, account in accounts.items() if found[name].place.sequence > account.sequence}
     if not moved:
         return
-    events = await connection.fetch(_LATE_EVENTS, tenant, list(moved), [account.sequence for account in moved.values()])
+    events = await connection.fetch(
+        _LATE_EVENTS,
+        *(tenant, list(moved), [account.sequence for account in moved.values()]),
+        [account.epoch for account in moved.values()],
+    )
     for row in events:
         if row["period_start"] == moved[row["customer"]].period_start:
             _late_event(found[row["customer"]], row)
