@@ -18,6 +18,12 @@ from tests.virtual_clock import clocked_rig
 CUSTOMERS = int(os.environ.get("TWO_YEARS_CUSTOMERS", "40"))
 DAYS = int(os.environ.get("TWO_YEARS_DAYS", "731"))
 QUARTER = 91 * DAY
+KINDS = {"consume", "grant", "rollover", "expire", "void", "repay", "close", "commit", "reverse", "rebook"}
+DONE = {
+    *("grant", "recurring", "void", "contract", "end", "successor", "suspend", "limit", "drop", "record", "replay"),
+    *("backfill", "revert", "price", "rerate", "void_invoice", "NORMAL ALLOW", "NORMAL DENY", "BEST_EFFORT ALLOW"),
+    *("BEST_EFFORT ALLOW_WITH_CAPS", "CHECK_ONLY ALLOW", "ADJUST_ONLY ALLOW"),
+}
 
 
 @pytest.mark.slow
@@ -36,4 +42,8 @@ async def test_two_years_conserve_every_nano(
                 checked = clock.now_ms
                 await check(life)
         await check(life)
+        booked = {row["kind"] for row in await rig.rows("SELECT DISTINCT kind FROM transactions")}
+        topped_up = await rig.value("SELECT count(*) FROM top_ups")
     print(f"{CUSTOMERS} customers in {monotonic() - began:.0f} s: {dict(life.done)}; refused {dict(life.refused)}")
+    assert booked >= KINDS and topped_up, booked  # It was a life.
+    assert life.done.keys() >= DONE, life.done
