@@ -106,8 +106,8 @@ async def place(connection: Connection, tenant: str, customer: str) -> Place | N
 
 async def forgotten(connection: Connection, place: Place, item: Kept, record: Record) -> bool:
     """Whether the hot account became what the ledger says, without this record, although its epoch may not show it: by
-    a repair since the record was kept; or because the account was unknown then, and has been installed since. (If the hot
-    store had kept an account that the ledger had lost, its next record would have shown a gap.)
+    a repair since the record was kept; or because the account was unknown then, and has been installed since. (Had the
+    hot store kept an account that the ledger had lost, its next record would have shown a gap.)
     """
     if place.epoch == 0 or record.epoch < place.epoch:
         return False

@@ -54,6 +54,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
         ("lanes", 1, 16),
         ("linger_ms", 0, 1_000),
         ("connections", 4, 100),
+        ("patrol_s", 0, 86_400),
         ("start_ms", 0, 600_000),
         ("stop_ms", 0, 600_000),
     ],
