@@ -31,7 +31,7 @@ from tests.virtual_clock import clocked_rig
 
 T = TypeVar("T")
 EXAMPLES = int(os.environ.get("SPLIT_EXAMPLES", "200"))
-BATCH = 100  # customers who live through the period at once
+BATCH = 200  # customers, or events, in one go
 JANUARY, FEBRUARY = (days_from_civil(2026, month, 1) * DAY for month in (1, 2))
 PERIOD = FEBRUARY - JANUARY
 LATE = 4 * DAY  # after the period's end: all of it is within reach of late events
@@ -163,9 +163,9 @@ async def tell(rig: Rig, life: Life, due: list[tuple[Event, str, int]]) -> None:
             recorded.append(message)
             continue
         await consume(rig, life, message, name)
-    if recorded:
-        response = await rig.stub.RecordUsage(pb.RecordUsageRequest(events=recorded))
-        assert (response.recorded, list(response.rejected)) == (len(recorded), [])
+    for events in batches(recorded):
+        response = await rig.stub.RecordUsage(pb.RecordUsageRequest(events=events))
+        assert (response.recorded, list(response.rejected)) == (len(events), [])
 
 
 async def consume(rig: Rig, life: Life, message: gateway_pb2.CheckAndConsumeRequest, name: str) -> None:
