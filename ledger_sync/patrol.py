@@ -59,10 +59,12 @@ class Patrol:
         began, pages = monotonic(), await self._pages()
         after, number = "", 0
         while True:
+            started = monotonic()
             names, drifts = await self._reconciler.compare(after)
             await self._seen(after, names, drifts)
-            number += 1
-            await asyncio.sleep(max(0.0, began + self._round_s * min(number / pages, 1) - monotonic()))
+            number, now = number + 1, monotonic()
+            due = began + self._round_s * min(number / pages, 1)
+            await asyncio.sleep(max(due - now, now - started))  # Others have at least half of the time.
             if not names:
                 break
             after = names[-1]

@@ -524,8 +524,9 @@ async def test_a_poisoned_journal_does_not_stall_the_rest(at: Site) -> None:
         for fields in poison if index == 5 else ():
             await at.hot.xadd(stream, dict(fields.items()))
         answers += [await at.consume(customer), await at.consume(neighbour)]
-    await at.verified(customer, quarantined=len(poison))
-    await at.verified(neighbour, quarantined=len(poison))
+    await at.verified(customer)
+    await at.verified(neighbour, quarantined=2)  # Half of its record, and one of the future: its name can be read.
+    await at.verified(quarantined=len(poison))
     took_s = monotonic() - began
     print(f"22 good records and {len(poison)} bad ones were settled in {took_s * 1000:.0f} ms")
     booked = await at.booked(customer) | await at.booked(neighbour)
@@ -560,7 +561,7 @@ async def test_events_leave_in_commit_order_when_transaction_ids_grow_by_a_digit
     await asyncio.to_thread(at.stack.restart, "sync")
     await at.verified()
     found = ids_of(await at.events(customer, of=()))
-    assert [name for name in found if "/put/" not in name] == ids
+    assert [name for name in found if ":put:" not in name] == ids
 
 
 async def test_the_whole_stack_is_clean_in_the_end(at: Site) -> None:

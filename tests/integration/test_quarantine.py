@@ -17,6 +17,7 @@ from entitlement.journal import Consumed
 from entitlement.v1 import ledger_pb2 as pb
 from entitlement.v1.ledger_pb2_grpc import add_LedgerAdminServicer_to_server
 from gateway.cli import main
+from ledger_sync import drift, verify_reads
 from ledger_sync.admin import LedgerAdmin
 from tests import journal_records
 from tests.control_rig import TENANT, USD, Rig, refusal, rig
@@ -297,6 +298,48 @@ class TestRetry:
         await shop.execute("ALTER TABLE usage_events DROP CONSTRAINT sick")
         assert (await shop.retry()).resolved == 1
         assert (await shop.clean("bob", "eve")).events == 3
+
+
+class TestChanges:
+    @pytest.mark.parametrize("retried", [True, False])
+    async def test_a_ledger_change_that_was_refused(self, shop: Shop, retried: bool) -> None:
+        """Bob's grant is voided, which the database does not take: booked late, or undone and then done again."""
+        await shop.execute("ALTER TABLE transactions ADD CONSTRAINT sick CHECK (kind <> 'void')")
+        await shop.stub.VoidGrant(pb.VoidGrantRequest(id="bob-1"))
+        await shop.account_when("bob", lambda account: not account.grants)
+        await shop.settled("bob")
+        (kept,) = await shop.kept("bob")
+        assert kept.reason.startswith("refused: ") and (await shop.verify("bob")).drift_nanos == 7 * USD
+        assert [item.id for item in (await shop.retry()).left] == [kept.id]
+        await shop.execute("ALTER TABLE transactions DROP CONSTRAINT sick")
+        assert (await (shop.retry if retried else shop.drop)(kept.id)).resolved == 1
+        await shop.clean()
+        voided = await shop.rows(
+            "SELECT e.amount FROM entries e JOIN transactions t ON t.id = transaction_id "
+            "WHERE kind = 'void' AND account = 'breakage'"
+        )
+        assert [row["amount"] for row in voided] == [7 * USD] and await shop.left_of("bob") == 0
+
+
+async def test_what_is_booked_late_is_not_taken_for_traffic_by_verify(shop: Shop) -> None:
+    """A hot account that is read while the ledger goes on: a late record with a high number is not in motion."""
+    bob = await shop.account("bob")
+    record = journal_records.consumed(
+        *("k", 99, ("input.tokens", 7, 5, {0: 5})), customer="eve", period=bob.period_start, cycle=bob.period_start
+    )
+    await shop.write("eve", journal.encode(record))
+    await open_eve(shop)
+    assert (await shop.retry()).resolved == 1
+    await shop.clean("bob", "eve")
+    async with shop.ledger.transaction(readonly=True) as connection:
+        mark = await verify_reads.mark(connection, TENANT, ["eve"])
+    eve = await shop.account("eve")
+    assert eve.settled == 5
+    await shop.consume("eve", "input.tokens", 1_000)
+    await shop.settled("eve")
+    async with shop.ledger.transaction(isolation="repeatable_read", readonly=True) as connection:
+        books = await verify_reads.books(connection, TENANT, {"eve": eve}, mark)
+    assert drift.differences(eve, books["eve"], behind=False) == []
 
 
 class TestDrop:
