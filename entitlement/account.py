@@ -30,6 +30,7 @@ from entitlement.quantity import MAX_NANOS, NANOS
 
 MISSING = "missing"
 MAX_GRANTS = 256  # live grants of one account in the hot store
+MAX_EARLIER = 16  # rate cards that priced an account before, for late events
 MAX_PERCENT = 1000  # of a threshold or a gate
 DEFAULT_THRESHOLDS = (80, 90, 100, 150)
 
@@ -70,10 +71,10 @@ class Config(msgspec.Struct, frozen=True):
         """The rate card that prices what happened then."""
         return next((plan for until_ms, plan in self.earlier if at_ms < until_ms), self.plan)
 
-    def following(self, was: Config, at_ms: int, oldest_ms: int) -> Config:
-        """This config, in force since `at_ms` after `was`; what ended before `oldest_ms` is forgotten."""
+    def following(self, was: Config, at_ms: int) -> Config:
+        """This config, in force since `at_ms` after `was`."""
         earlier = was.earlier if was.plan == self.plan else (*was.earlier, (at_ms, was.plan))
-        return msgspec.structs.replace(self, earlier=tuple(item for item in earlier if item[0] > oldest_ms))
+        return msgspec.structs.replace(self, earlier=earlier[-MAX_EARLIER:])
 
     def encode(self) -> str:
         plans = self.plan + "".join(f"|{until_ms}:{plan}" for until_ms, plan in self.earlier)
@@ -113,6 +114,10 @@ class HotGrant(msgspec.Struct):
 
     def active(self, at_ms: int) -> bool:
         return self.effective_ms <= at_ms and (self.expires_ms == 0 or at_ms < self.expires_ms)
+
+    def counts(self, end_ms: int, now_ms: int) -> bool:
+        """Whether it counts towards the allowance of a cycle that ends then (0: never) and is turned at `now_ms`."""
+        return (end_ms == 0 or self.effective_ms < end_ms) and (self.expires_ms == 0 or now_ms < self.expires_ms)
 
     def covers(self, feature: str) -> bool:
         return not self.features or feature in self.features
@@ -214,8 +219,8 @@ class Account(msgspec.Struct):
         if config.billing is Billing.ARREARS:
             closed, self.overage = self.overage, 0
         self.settled, self.crossed, self.crossings = 0, (), 0
-        active = sum(grant.remaining for grant in self.grants if grant.active(now_ms))
-        self.allowance = max(0, config.credit_line + active - self.overage)
+        counted = sum(grant.remaining for grant in self.grants if grant.counts(self.period_end, now_ms))
+        self.allowance = min(max(0, config.credit_line + counted - self.overage), MAX_NANOS)
         return closed
 
     def encode(self) -> dict[str, bytes]:

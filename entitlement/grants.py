@@ -36,10 +36,12 @@ class Grant(msgspec.Struct, frozen=True):
     features: tuple[str, ...] = ()  # empty: all
     voided_ms: int = 0
     note: str = ""
+    swept: int = 0  # 1: its expiry is booked; 2: no event burns it any more
 
-    def ended(self, now_ms: int) -> bool:
-        """Whether no event can burn it any more: it is void, or expired longer ago than an event may be late."""
-        return bool(self.voided_ms) or 0 < self.expires_ms <= now_ms - LATE_MS
+    @property
+    def ended(self) -> bool:
+        """Whether no event burns it any more: it is void, or expired and given up."""
+        return bool(self.voided_ms) or self.swept == 2
 
 
 def burn_key(grant: Grant) -> tuple[int, int, bool, int, int, int]:

@@ -77,7 +77,7 @@ def assemble(ledger: Ledgered, now_ms: int) -> tuple[Account, Corrections]:
             corrections.reclassed.append((credit.grant, -credit.remaining))
             overage -= credit.remaining
             credit.remaining = 0
-        elif credit.grant.ended(now_ms) and credit.remaining:
+        elif credit.grant.ended and credit.remaining:
             corrections.removed.append((credit.grant, credit.remaining))
             credit.remaining = 0
     if ledger.was_hot:
@@ -87,8 +87,8 @@ def assemble(ledger: Ledgered, now_ms: int) -> tuple[Account, Corrections]:
             end = now_ms  # Another rule of periods: the hot store turns the page at its first touch.
     else:
         start, end = period(config.recurrence, config.anchor_ms, now_ms)
-        active = sum(credit.remaining for credit in credits if _hot(credit).active(now_ms))
-        allowance = max(config.credit_line + active - overage, 0)
+        counted = sum(credit.remaining for credit in credits if _hot(credit).counts(end, now_ms))
+        allowance = max(config.credit_line + counted - overage, 0)
     if config.billing is not Billing.ARREARS:
         overage = _repay(credits, overage, now_ms, corrections)
     account = Account(
@@ -114,7 +114,13 @@ def _allowance(ledger: Ledgered, corrections: Corrections, end: int) -> int:
     for delta in ledger.pending:
         allowance += delta.line
         allowance += sum(g.adjustment for g in delta.grants if g.new and (end == 0 or g.effective_ms < end))
-    return max(allowance - sum(amount for _, amount in corrections.removed), 0)
+    start: int = ledger.row["period_start"]
+    gone = sum(amount for grant, amount in corrections.removed if _counted(grant, start, end))
+    return max(allowance - gone, 0)
+
+
+def _counted(grant: Grant, start: int, end: int) -> bool:
+    return HotGrant(grant.no, 0, grant.effective_ms, grant.expires_ms).counts(end, start)
 
 
 def _repay(credits: list[Credit], overage: int, now_ms: int, corrections: Corrections) -> int:

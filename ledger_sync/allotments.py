@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import structlog
 
-from entitlement.errors import EntitlementError
+from entitlement.errors import InvalidArgument
 from entitlement.grants import Category
 from entitlement.periods import DAY, HOUR, Recurrence, period
 from ledger_sync import changes, hot_deltas
@@ -19,6 +19,7 @@ from ledger_sync.changes import Locked
 from ledger_sync.expiry import allotment_id
 from ledger_sync.hot_store import Name
 from ledger_sync.issuing import RESERVED, NewGrant, issue
+from ledger_sync.refusals import Refusal
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Connection, Ledger, Row
@@ -102,7 +103,7 @@ class Allotments:
                 found = await read(connection, account.tenant, recurring)
                 if found and not found.voided_ms:
                     await issue_due(connection, account, found, at_most=1)
-        except EntitlementError as error:  # A full account, or one id for two things: that period has no allotment.
+        except (Refusal, InvalidArgument) as error:  # A full account: that period has no allotment.
             log.error("allotment_not_issued", customer=name[1], grant=recurring, error=str(error))
             await self._skip(name, recurring, str(error))
 
@@ -175,9 +176,23 @@ async def issue_due(connection: Connection, account: Locked, recurring: Recurrin
     for _ in range(at_most):
         if recurring.issue_ms(start_ms) > account.now_ms:
             break
-        await issue(connection, account, recurring.allotment(start_ms, recurring.amount))
+        await _issue_missing(connection, account, recurring, start_ms)
         start_ms = recurring.period(start_ms)[1]
     await _advance(connection, account.tenant, recurring, start_ms)
+
+
+async def _issue_missing(connection: Connection, account: Locked, recurring: Recurring, start_ms: int) -> None:
+    """What has not been issued for that period. Of seats, whose number changes, that may be a part."""
+    row = await connection.fetchrow(
+        """SELECT count(*) AS count, coalesce(sum(amount) FILTER (WHERE voided_ms = 0), 0)::bigint AS amount FROM grants
+           WHERE tenant = $1 AND source = $2 AND effective_ms = $3""",
+        *(account.tenant, recurring.id, start_ms),
+    )
+    assert row is not None, "it is a sum"
+    missing = recurring.amount - (row["amount"] if recurring.contract else 0)
+    if missing > 0:
+        suffix = f"+{row['count']}" if recurring.contract and row["count"] else ""
+        await issue(connection, account, recurring.allotment(start_ms, missing, suffix=suffix))
 
 
 async def _advance(connection: Connection, tenant: str, recurring: Recurring, start_ms: int) -> None:
@@ -200,7 +215,7 @@ async def end(connection: Connection, account: Locked, recurring: str, *, void: 
             "UPDATE recurring_grants SET ends_ms = $3, issue_ms = $4 WHERE tenant = $1 AND id = $2",
             *(tenant, recurring, now_ms, NO_MORE),
         )
-        query = "effective_ms >= $3"
+        query = "effective_ms > $3"
     rows = await connection.fetch(
         f"""UPDATE grants SET voided_ms = $3 WHERE tenant = $1 AND source = $2 AND voided_ms = 0 AND {query}
             RETURNING no""",  # noqa: S608
@@ -249,9 +264,8 @@ class Seats(msgspec.Struct, frozen=True):
 
 async def put_seats(connection: Connection, account: Locked, seats: Seats) -> None:
     """Makes the allotment of a contract's seats what it says now. More seats are worth their whole allowance in the
-    period that runs; fewer count from the next one. Another rule of periods begins with the next allotment.
+    period that runs; fewer count from the next one. Another rule of periods begins when the running allotment ends.
     """
-    known = await read(connection, account.tenant, seats_id(seats.contract))
     wanted = Recurring(
         id=seats_id(seats.contract),
         customer=account.customer,
@@ -263,47 +277,41 @@ async def put_seats(connection: Connection, account: Locked, seats: Seats) -> No
         note=f"seats of {seats.contract}",
         contract=seats.contract,
     )
+    known = await read(connection, account.tenant, wanted.id)
     if known is None:
         if seats.amount:
             await begin(connection, account, wanted)
-    elif not seats.amount or (known.recurrence, known.anchor_ms) != (wanted.recurrence, wanted.anchor_ms):
-        await _restart(connection, account, known, wanted)
-    else:
-        await _resize(connection, account, known, wanted)
+        return
+    alike = (known.recurrence, known.anchor_ms) == (wanted.recurrence, wanted.anchor_ms)
+    if alike and known.amount == wanted.amount and not known.ends_ms:
+        return
+    await end(connection, account, wanted.id, void=False)  # What was issued ahead is issued anew, as it is now.
+    if seats.amount:
+        await _go_on(connection, account, wanted, alike=alike)
 
 
 def seats_id(contract: str) -> str:
     return f"{RESERVED}{contract}/seats"
 
 
-async def _restart(connection: Connection, account: Locked, known: Recurring, wanted: Recurring) -> None:
-    await end(connection, account, known.id, void=False)
-    if not wanted.amount:
-        return
-    start_ms = known.next_ms if known.next_ms > account.now_ms else wanted.period(account.now_ms)[1]
-    next_ms = wanted.period(start_ms)[0]
-    if next_ms < start_ms:
-        next_ms = wanted.period(start_ms)[1]
-    await connection.execute(
-        """UPDATE recurring_grants SET amount = $3, recurrence = $4, anchor_ms = $5, ends_ms = 0, next_ms = $6,
-                                       issue_ms = $7 WHERE tenant = $1 AND id = $2""",
-        *(account.tenant, known.id, wanted.amount, int(wanted.recurrence), wanted.anchor_ms),
-        *(next_ms, wanted.issue_ms(next_ms)),
-    )
-
-
-async def _resize(connection: Connection, account: Locked, known: Recurring, wanted: Recurring) -> None:
-    if known.amount == wanted.amount and known.ends_ms == 0:
-        return
+async def _go_on(connection: Connection, account: Locked, wanted: Recurring, *, alike: bool) -> None:
     start_ms, _ = wanted.period(account.now_ms)
-    next_ms = max(known.next_ms, start_ms) if known.ends_ms else known.next_ms  # None for while there were no seats.
+    if not alike and (until_ms := await _runs_until(connection, account, wanted.id)):
+        start_ms, end_ms = wanted.period(until_ms)
+        start_ms = start_ms if start_ms >= until_ms else end_ms
     await connection.execute(
-        """UPDATE recurring_grants SET amount = $3, ends_ms = 0, next_ms = $4, issue_ms = $5
+        """UPDATE recurring_grants SET amount = $3, recurrence = $4, anchor_ms = $5, ends_ms = 0, voided_ms = 0
            WHERE tenant = $1 AND id = $2""",
-        *(account.tenant, known.id, wanted.amount, next_ms, wanted.issue_ms(next_ms)),
+        *(account.tenant, wanted.id, wanted.amount, int(wanted.recurrence), wanted.anchor_ms),
     )
-    more = wanted.amount - known.amount
-    while more > 0 and start_ms < known.next_ms:
-        suffix = f"+{changes.stamp(account.now_ms)}"
-        await issue(connection, account, wanted.allotment(start_ms, more, suffix=suffix))
-        start_ms = wanted.period(start_ms)[1]
+    await issue_due(connection, account, msgspec.structs.replace(wanted, next_ms=start_ms), at_most=2)
+
+
+async def _runs_until(connection: Connection, account: Locked, recurring: str) -> int | None:
+    """When the allotment that runs now ends."""
+    until_ms: int | None = await connection.fetchval(
+        """SELECT max(expires_ms) FROM grants
+           WHERE tenant = $1 AND source = $2 AND voided_ms = 0 AND effective_ms <= $3 AND expires_ms > $3""",
+        *(account.tenant, recurring, account.now_ms),
+    )
+    return until_ms

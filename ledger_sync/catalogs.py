@@ -96,7 +96,7 @@ class CatalogStore:
                 return card_message(same)
             card = await self._next(connection, versions, message, rates, effective_ms)
             await rate_cards.write(connection, self._tenant, card)
-            await overrides.follow(connection, self._tenant, card)
+            await overrides.follow(connection, self._tenant, card.id)
             await rate_cards.count_up(connection, self._tenant)
             detail = f"version={card.version} effective_ms={card.effective_ms} rates={len(rates)}"
             await changes.audit(connection, self._tenant, actor, "PutRateCard", card.id, detail)

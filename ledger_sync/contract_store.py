@@ -10,21 +10,23 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+import structlog
 
 from entitlement import keys
 from entitlement.account import Config, Status
 from entitlement.errors import InvalidArgument
-from entitlement.grants import LATE_MS
 from entitlement.identity import check_id
 from entitlement.periods import Recurrence
+from entitlement.quantity import MAX_NANOS
 from entitlement.v1 import ledger_pb2 as pb
 from ledger_sync import allotments, changes, hot_deltas, overrides
 from ledger_sync.announcements import CONTRACT_CHANGED, announce
 from ledger_sync.contracts import DERIVED, checked, config_of, features_of, plan_of, quotas_of
 from ledger_sync.hot_store import Name
+from ledger_sync.ledger import LedgerRefused
 from ledger_sync.quota_usage import used_now
 from ledger_sync.rated import rfc3339
-from ledger_sync.refusals import FailedPrecondition, NotFound
+from ledger_sync.refusals import FailedPrecondition, NotFound, Refusal
 from ledger_sync.subjects import limits_of, used_by_subjects
 from ledger_sync.translate import Page, page_token, to_ms
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 SCHEDULED, IN_FORCE, ENDED = 0, 1, 2  # contracts.state
 BATCH: Final = 200  # customers in one round
+
+log = structlog.get_logger(__name__)
 
 _SUBJECTS: Final = "SELECT subjects FROM customers WHERE tenant = $1 AND id = $2"
 
@@ -70,9 +74,11 @@ class ContractStore:
         check_id("customer", message.customer)
         async with self._ledger.transaction() as connection:
             customer = await _lock_customer(connection, self._tenant, message.customer)
+            now_ms = await changes.now_ms(connection)
+            if await _has_account(connection, self._tenant, message.customer):  # The sweep may not have come yet.
+                await _turn(connection, (self._tenant, message.customer), customer, now_ms)
             others = await self._standing(connection, message)
             mine = others.pop(message.id, None)
-            now_ms = await changes.now_ms(connection)
             contract = checked(message, now_ms, mine.contract if mine else None)
             if mine and contract == mine.contract:
                 return contract
@@ -113,32 +119,17 @@ class ContractStore:
                    LIMIT $2""",
                 *(now_ms, BATCH),
             )
-        for row in rows:
-            await self._turn((row["tenant"], row["customer"]), now_ms)
-        return bool(rows)
+        return sum([await self._try((row["tenant"], row["customer"]), now_ms) for row in rows]) > 0
 
-    async def _turn(self, name: Name, now_ms: int) -> None:
-        """Ends the contract that is over and begins the one whose time has come: one change of the account."""
-        tenant, customer_id = name
-        async with self._ledger.transaction() as connection:
-            customer = await _lock_customer(connection, tenant, customer_id)
-            account = await changes.lock(connection, tenant, customer_id)
-            over, due = [], []
-            for standing in (await _contracts(connection, tenant, customer_id)).values():
-                if standing.state != ENDED and 0 < standing.ends_ms <= now_ms:
-                    over.append(standing)
-                elif standing.state == SCHEDULED and standing.starts_ms <= now_ms:
-                    due.append(standing)
-            for standing in over:
-                await _end(connection, account, standing, now_ms)
-            for standing in due:
-                await _set_state(connection, tenant, standing.contract.id, IN_FORCE)
-                config = config_of(standing.contract, account.config.credit_type, customer["status"])
-                await _reconfigure(connection, account, config, standing.contract, None)
-                await _put_seats(connection, account, standing.contract)
-                await _announce(connection, tenant, standing.contract, "started", now_ms)
-            if over and not due:
-                await suspend(connection, account)
+    async def _try(self, name: Name, now_ms: int) -> bool:
+        """Whether it was done. One customer's trouble is not the others'."""
+        try:
+            async with self._ledger.transaction() as connection:
+                await _turn(connection, name, await _lock_customer(connection, *name), now_ms)
+        except (Refusal, InvalidArgument, LedgerRefused) as error:
+            log.error("contract_not_turned", customer=name[1], error=str(error))
+            return False
+        return True
 
     async def _standing(self, connection: Connection, message: pb.Contract) -> dict[str, Standing]:
         """The customer's contracts by id, and any other's that has the message's id (which is refused)."""
@@ -159,15 +150,16 @@ class ContractStore:
 
     async def _write(self, connection: Connection, contract: pb.Contract, state: int) -> None:
         await connection.execute(
-            """INSERT INTO contracts (tenant, id, customer, body, effective_ms, ends_ms, state, top_up_below)
-               VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+            """INSERT INTO contracts (tenant, id, customer, body, effective_ms, ends_ms, state, top_up_below, commits)
+               VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
                ON CONFLICT (tenant, id) DO UPDATE SET body = $4, effective_ms = $5, ends_ms = $6, state = $7,
-                   top_up_below = $8, updated_at = clock_timestamp()""",
+                   top_up_below = $8, commits = $9, updated_at = clock_timestamp()""",
             *(self._tenant, contract.id, contract.customer, contract.SerializeToString(deterministic=True)),
             to_ms("effective_at", contract.effective_at),
             to_ms("ends_at", contract.ends_at) if contract.HasField("ends_at") else 0,
             state,
             contract.top_up.below_nanos if contract.HasField("top_up") else None,
+            contract.minimum_commit_nanos > 0,
         )
 
     async def _take_effect(
@@ -185,8 +177,13 @@ class ContractStore:
         else:
             account = await changes.lock(connection, self._tenant, contract.customer)
             _check_credit(account.config, config)
+        account = await changes.lock(connection, self._tenant, contract.customer)
+        await _check_room(connection, account, contract)
         if now.state == IN_FORCE:
-            await _put_seats(connection, await changes.lock(connection, self._tenant, contract.customer), contract)
+            try:
+                await _put_seats(connection, account, contract)
+            except (Refusal, InvalidArgument) as error:
+                raise InvalidArgument("seats", str(error)) from None
 
     async def _open(self, connection: Connection, customer: str, config: Config) -> None:
         await connection.execute(
@@ -195,6 +192,36 @@ class ContractStore:
             *(self._tenant, customer, keys.partition_of(self._tenant, customer, self._partitions)),
             *(config.credit_type, config.encode()),
         )
+
+
+async def _turn(connection: Connection, name: Name, customer: Row, now_ms: int) -> None:
+    """Ends the contract that is over and begins the one whose time has come: one change of the account."""
+    standing = (await _contracts(connection, *name)).values()
+    over = [item for item in standing if item.state != ENDED and 0 < item.ends_ms <= now_ms]
+    due = [item for item in standing if item.state == SCHEDULED and item.starts_ms <= now_ms and item not in over]
+    if not over and not due:
+        return
+    account = await changes.lock(connection, *name)
+    for item in over:
+        await _end(connection, account, item, now_ms)
+    for item in due:
+        await _set_state(connection, account.tenant, item.contract.id, IN_FORCE)
+        config = config_of(item.contract, account.config.credit_type, customer["status"])
+        await _reconfigure(connection, account, config, item.contract, None)
+        await _start_seats(connection, account, item.contract)
+        await _announce(connection, account.tenant, item.contract, "started", now_ms)
+    if over and not due:
+        await suspend(connection, account)
+
+
+async def _start_seats(connection: Connection, account: changes.Locked, contract: pb.Contract) -> None:
+    """What has no room does not keep the contract from its start."""
+    try:
+        async with connection.transaction():
+            await _put_seats(connection, account, contract)
+    except (Refusal, InvalidArgument) as error:
+        log.error("seats_not_issued", customer=account.customer, contract=contract.id, error=str(error))
+        await changes.audit(connection, account.tenant, "ledger_sync", "SkipSeats", account.customer, str(error))
 
 
 async def suspend(connection: Connection, account: changes.Locked) -> None:
@@ -224,8 +251,6 @@ def _check_time(now: Standing, mine: Standing | None, others: Iterable[Standing]
     if mine and mine.state == IN_FORCE and now.state == SCHEDULED:
         raise InvalidArgument("effective_at", "lies in the future, and the contract is in force")
     for other in others:
-        if other.state == ENDED:
-            continue
         if (not now.ends_ms or other.starts_ms < now.ends_ms) and (not other.ends_ms or now.starts_ms < other.ends_ms):
             until = f"ends at {rfc3339(other.ends_ms)}" if other.ends_ms else "has no end: give it ends_at first"
             raise FailedPrecondition("effective_at", f"the contract {other.contract.id!r} is active then; it {until}")
@@ -282,6 +307,22 @@ async def _put_seats(connection: Connection, account: changes.Locked, contract: 
     await allotments.put_seats(connection, account, seats)
 
 
+async def _check_room(connection: Connection, account: changes.Locked, contract: pb.Contract) -> None:
+    """The credit line and what the grants have left stay an int64 together."""
+    left = int(
+        await connection.fetchval(
+            """SELECT coalesce(sum(b.remaining), 0)::text FROM grants g JOIN grant_balances b ON b.grant_no = g.no
+               WHERE g.tenant = $1 AND g.customer = $2 AND g.voided_ms = 0 AND g.swept < 2""",
+            *(account.tenant, account.customer),
+        )
+    )
+    if contract.allowance_nanos > MAX_NANOS - left:
+        raise InvalidArgument(
+            "allowance_nanos",
+            f"{contract.allowance_nanos} with the {left} that grants have left is over {MAX_NANOS}",
+        )
+
+
 def _check_credit(was: Config, config: Config) -> None:
     if was.credit_type != config.credit_type:
         raise FailedPrecondition(
@@ -303,7 +344,7 @@ async def _reconfigure(
     _check_credit(was, config)
     since_ms = min(to_ms("effective_at", contract.effective_at), account.now_ms) if before is None else account.now_ms
     since_ms = max(since_ms, *[until_ms for until_ms, _ in was.earlier], 0)
-    config = config.following(was, since_ms, account.now_ms - LATE_MS)
+    config = config.following(was, since_ms)
     known = [] if before is None or was.anchor_ms != config.anchor_ms else before.quotas
     rules = {(quota.feature, quota.period) for quota in known}
     fresh = [
@@ -329,7 +370,7 @@ async def _announce(connection: Connection, tenant: str, contract: pb.Contract, 
     await announce(
         connection,
         CONTRACT_CHANGED,
-        event_id=f"{contract.customer}/{contract.id}/{change}/{now_ms}",
+        event_id=f"{contract.customer}:{contract.id}:{change}:{now_ms}",
         tenant=tenant,
         customer=contract.customer,
         time_ms=now_ms,

@@ -61,6 +61,8 @@ def checked(contract: pb.Contract, now_ms: int, before: pb.Contract | None = Non
     full.billing = check_known("billing", contract.billing or pb.Contract.PREPAID, tuple(_BILLING))  # type: ignore[assignment]
     arrears = full.billing == pb.Contract.ARREARS
     full.gate_percent = within("gate_percent", contract.gate_percent, 0, MAX_PERCENT) or (150 if arrears else 100)
+    if not arrears and full.gate_percent != 100:
+        raise InvalidArgument("gate_percent", f"is {full.gate_percent}; only ARREARS may run beyond or deny before 100")
     within("allowance_nanos", contract.allowance_nanos, 0, MAX_NANOS)
     if contract.allowance_nanos and not arrears:
         raise InvalidArgument("allowance_nanos", "is a credit line, for billing ARREARS only; create a grant instead")

@@ -62,7 +62,7 @@ class ControlPlane:
         self.contracts = ContractStore(ledger, tenant, hot.partitions)
         self.grants = GrantStore(ledger, tenant)
         self.invoices = InvoiceStore(ledger, tenant)
-        self.pages = PageTurner(ledger, tenant, hot.now_ms, self.pusher.wake)
+        self.pages = PageTurner(ledger, tenant, hot.now_ms, self.pusher.wake, hot.ask)
         self.transactions = TransactionStore(ledger, tenant)
         self.usage = UsageRecorder(ledger, hot, self.catalogs, settled, tenant, limits)
         self.backfills = Backfills(ledger, hot, self.usage, tenant)

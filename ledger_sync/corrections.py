@@ -121,7 +121,7 @@ class Corrector:
 async def _correct(connection: Connection, account: Locked, chunk: Sequence[Correction], cause: str) -> None:
     """An event that another has corrected meanwhile refuses the chunk: its number is taken."""
     rows = await connection.fetch(_CREDITS, account.tenant, account.customer)
-    purse = Purse([(hot_deltas.grant_of(row), row["remaining"]) for row in rows], account.now_ms)
+    purse = Purse([(hot_deltas.grant_of(row), row["remaining"]) for row in rows])
     pages = Pages(account, rows, cause)
     records = []
     cycles: dict[int, Cycle] = {}

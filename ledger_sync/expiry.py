@@ -8,14 +8,14 @@ hot account.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 import structlog
 
-from entitlement.errors import Unavailable
+from entitlement.errors import InvalidArgument, Unavailable
 from entitlement.grants import LATE_MS, Category, Grant, burn_key
 from entitlement.periods import Recurrence, period
 from ledger_sync import changes, hot_deltas
@@ -23,12 +23,15 @@ from ledger_sync.changes import Entry, Locked, Transaction
 from ledger_sync.hot_store import HotStore, Name
 from ledger_sync.install import Settled
 from ledger_sync.issuing import NewGrant, carry_over
+from ledger_sync.ledger import LedgerRefused
 from ledger_sync.posting import BREAKAGE, EXPIRED
+from ledger_sync.refusals import Refusal
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Connection, Ledger, Row
 
 BATCH: Final = 200  # customers in one round
+KEEP_EXPIRED: Final = 100  # grants of one account that late events may still burn; older ones go before their time
 SETTLED_S: Final = 5.0  # how long the journal may take to be in the ledger; then it is tried again later
 
 log = structlog.get_logger(__name__)
@@ -45,10 +48,18 @@ SELECT DISTINCT tenant, customer FROM (
 
 _GRANTS: Final = """
 SELECT g.no, g.id, g.customer, g.amount, g.category, g.priority, g.effective_ms, g.expires_ms, g.created_ms, g.features,
-       g.voided_ms, g.source, b.remaining, b.broken
+       g.voided_ms, g.swept, g.source, b.remaining, b.broken
 FROM grants g JOIN grant_balances b ON b.grant_no = g.no
 WHERE g.tenant = $1 AND g.customer = $2 AND g.expires_ms > 0 AND g.expires_ms <= $3 AND g.swept = $4
 ORDER BY g.expires_ms, g.source, g.no"""
+
+# Expired ones with something left, but for the last so many.
+_BEYOND: Final = """
+SELECT g.no, g.id, g.customer, g.amount, g.category, g.priority, g.effective_ms, g.expires_ms, g.created_ms, g.features,
+       g.voided_ms, g.swept, g.source, b.remaining, b.broken
+FROM grants g JOIN grant_balances b ON b.grant_no = g.no
+WHERE g.tenant = $1 AND g.customer = $2 AND g.swept = 1 AND b.remaining > 0
+ORDER BY g.expires_ms DESC, g.no DESC OFFSET $3"""
 
 _RECURRING: Final = """
 SELECT amount, category, priority, features, recurrence, rollover_max, anchor_ms, ends_ms FROM recurring_grants
@@ -82,12 +93,19 @@ class Expiry:
         due = await self._names(_EXPIRING, now_ms)
         if due:
             await self._wait_for_journal(due)
-        for name in due:
-            await self._expire(name, now_ms)
+        done = sum([await self._try(self._expire, name, now_ms) for name in due])
         gone = await self._names(_EXPIRED, now_ms - LATE_MS)
-        for name in gone:
-            await self._remove(name, now_ms)
-        return bool(due or gone)
+        done += sum([await self._try(self._remove, name, now_ms) for name in gone])
+        return done > 0
+
+    async def _try(self, work: Callable[[Name, int], Awaitable[None]], name: Name, now_ms: int) -> bool:
+        """Whether it was done. One customer's trouble is not the others'."""
+        try:
+            await work(name, now_ms)
+        except (Refusal, InvalidArgument, LedgerRefused) as error:
+            log.error("grants_not_expired", customer=name[1], error=str(error))
+            return False
+        return True
 
     async def _names(self, query: str, until_ms: int) -> list[Name]:
         async with self._ledger.transaction(readonly=True) as connection:
@@ -114,6 +132,7 @@ class Expiry:
             await connection.execute(
                 "UPDATE grants SET swept = 1 WHERE no = ANY($1::bigint[])", [left.grant.no for left in found]
             )
+            await _give_up(connection, account, await connection.fetch(_BEYOND, *name, KEEP_EXPIRED))
 
     async def _roll_over(self, connection: Connection, account: Locked, source: str, grants: list[Left]) -> None:
         """min(what is left, the most that rolls over) lives on in the next period. It is taken from what would have
@@ -152,15 +171,20 @@ class Expiry:
         """No event can reach these any more: the hot account lets go of them with its next change."""
         async with self._ledger.transaction() as connection:
             account = await changes.lock(connection, *name)
-            found = [_left(row) for row in await connection.fetch(_GRANTS, *name, now_ms - LATE_MS, 1)]
-            await connection.execute(
-                "UPDATE grants SET swept = 2 WHERE no = ANY($1::bigint[])", [left.grant.no for left in found]
-            )
-            left = [item for item in found if item.remaining > 0]
-            if left and account.epoch:
-                await hot_deltas.decide(connection, *name)
-            elif left:
-                await _write_off(connection, account, left)
+            await _give_up(connection, account, await connection.fetch(_GRANTS, *name, now_ms - LATE_MS, 1))
+
+
+async def _give_up(connection: Connection, account: Locked, rows: Sequence[Row]) -> None:
+    """No event burns these any more."""
+    found = [_left(row) for row in rows]
+    await connection.execute(
+        "UPDATE grants SET swept = 2 WHERE no = ANY($1::bigint[])", [left.grant.no for left in found]
+    )
+    left = [item for item in found if item.remaining > 0]
+    if left and account.epoch:
+        await hot_deltas.decide(connection, account.tenant, account.customer)
+    elif left:
+        await _write_off(connection, account, left)
 
 
 def allotment_id(source: str, start_ms: int) -> str:

@@ -60,7 +60,7 @@ class GateDenials:
             await announce(
                 connection,
                 GATE_DENIED,
-                event_id=f"{name[1]}/{row['period_start']}/gate/{row['version']}",
+                event_id=f"{name[1]}:{row['period_start']}:gate:{row['version']}",
                 tenant=name[0],
                 customer=name[1],
                 time_ms=now_ms,

@@ -4,6 +4,7 @@ a rule that issues them.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Final
 
 from entitlement.errors import InvalidArgument
@@ -34,8 +35,11 @@ if TYPE_CHECKING:
 MAX_GRANT_FEATURES: Final = 64
 MAX_RECURRING_ID: Final = 100  # characters: the ids of its allotments are longer
 
+_ISSUED: Final = re.compile(r"/\d{8}T\d{6}(\.\d{3})?Z(\+\d*)?\Z", re.ASCII)  # how the ids of allotments end
+
 _COLUMNS: Final = """g.no, g.id, g.customer, g.amount, g.category, g.priority, g.effective_ms, g.expires_ms,
-    g.created_ms, g.features, g.voided_ms, g.note, g.source, b.remaining, b.broken"""
+    g.created_ms, g.features, g.voided_ms, g.swept, g.note, g.source, b.remaining,
+    b.broken"""
 
 
 class GrantStore:
@@ -88,6 +92,8 @@ class GrantStore:
         )
         if amount is None:
             raise InvalidArgument("id", f"{message.id[:40]!r} begins with {RESERVED!r}, which is the ledger's own")
+        if message.recurrence > pb.NEVER:
+            raise InvalidArgument("recurrence", "the top-up asked for one grant")
         if amount != message.amount_nanos:
             raise InvalidArgument("amount_nanos", f"is {message.amount_nanos}; the top-up asked for {amount}")
 
@@ -181,6 +187,8 @@ def check_grant(message: pb.Grant) -> None:
     """Everything about a grant that can be checked without the ledger."""
     check_id("id", message.id)
     check_id("customer", message.customer)
+    if _ISSUED.search(message.id):
+        raise InvalidArgument("id", f"{message.id[:40]!r} reads like an allotment's, which the ledger gives")
     within("amount_nanos", message.amount_nanos, 1, MAX_NANOS)
     check_known("category", message.category, (0, *map(int, Category)))
     check_features("features", message.features, MAX_GRANT_FEATURES)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from entitlement.account import Config, encode_features
-from entitlement.grants import LATE_MS, Category, Grant, burn_order
+from entitlement.grants import Category, Grant, burn_order
 from entitlement.journal import OVERAGE, Consumed
 from entitlement.periods import Recurrence, period
 from ledger_sync.contracts import quotas_of
@@ -180,11 +180,11 @@ _CONTRACT = "SELECT body FROM contracts WHERE tenant = $1 AND customer = $2 AND 
 # What the hot account may still hold: named in the delta, else it would be taken for voided.
 _GRANTS = """
 SELECT g.no, g.id, g.customer, g.amount, g.category, g.priority, g.effective_ms, g.expires_ms, g.created_ms, g.features,
-       g.voided_ms
+       g.voided_ms, g.swept
 FROM grants g JOIN grant_balances b ON b.grant_no = g.no
 WHERE g.tenant = $1 AND g.customer = $2
       AND (g.no = ANY($3::bigint[])
-           OR g.voided_ms = 0 AND b.remaining > 0 AND (g.expires_ms = 0 OR g.expires_ms > $4))"""
+           OR g.voided_ms = 0 AND b.remaining > 0 AND g.swept < 2)"""
 
 
 async def decide(connection: Connection, tenant: str, customer: str, change: Change | None = None) -> int:
@@ -207,12 +207,11 @@ async def decide(connection: Connection, tenant: str, customer: str, change: Cha
         return version
     adjusted = dict(change.grants)
     pending = await _adjusted_by_pending(connection, tenant, customer)
-    now_ms: int = row["now_ms"]
     moved = set(adjusted) | set(change.new)
-    grants = await _standing(connection, tenant, customer, pending | moved, now_ms)
+    grants = await _standing(connection, tenant, customer, pending | moved)
     # What is given (back) to a grant that has ended already goes the way its rest went: with the next version.
-    returned = [grant.no for grant in grants if grant.ended(now_ms) and grant.no in moved]
-    grants = [grant for grant in grants if not grant.ended(now_ms) or grant.no in moved]
+    returned = [grant.no for grant in grants if grant.ended and grant.no in moved]
+    grants = [grant for grant in grants if not grant.ended or grant.no in moved]
     contract: bytes | None = await connection.fetchval(_CONTRACT, tenant, customer)
     limits = limits_of(await connection.fetchval(_SUBJECTS, tenant, customer))
     delta = _delta(version, row, contract, config, change, grants, limits)
@@ -296,8 +295,8 @@ async def _adjusted_by_pending(connection: Connection, tenant: str, customer: st
     return {grant.no for row in rows for grant in parse(row["body"]).grants if grant.adjustment}
 
 
-async def _standing(connection: Connection, tenant: str, customer: str, named: set[int], now_ms: int) -> list[Grant]:
-    rows = await connection.fetch(_GRANTS, tenant, customer, sorted(named), now_ms - LATE_MS)
+async def _standing(connection: Connection, tenant: str, customer: str, named: set[int]) -> list[Grant]:
+    rows = await connection.fetch(_GRANTS, tenant, customer, sorted(named))
     return burn_order(grant_of(row) for row in rows)
 
 
@@ -306,4 +305,5 @@ def grant_of(row: Row) -> Grant:
     return Grant(
         *(row["no"], row["id"], row["customer"], row["amount"], Category(row["category"]), row["priority"]),
         *(row["effective_ms"], row["expires_ms"], row["created_ms"], tuple(row["features"]), row["voided_ms"]),
+        swept=row["swept"],
     )

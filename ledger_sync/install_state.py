@@ -62,7 +62,7 @@ FROM accounts WHERE (tenant, customer) IN {_NAMES} ORDER BY tenant, customer FOR
 
 _CREDITS: Final = f"""
 SELECT g.tenant, g.no, g.id, g.customer, g.amount, g.category, g.priority, g.effective_ms, g.expires_ms, g.created_ms,
-       g.features, g.voided_ms, b.remaining, b.broken
+       g.features, g.voided_ms, g.swept, b.remaining, b.broken
 FROM grants g JOIN grant_balances b ON b.grant_no = g.no
 WHERE (g.tenant, g.customer) IN {_NAMES} AND b.remaining <> 0"""  # noqa: S608
 

@@ -13,6 +13,7 @@ import msgspec
 from entitlement.account import MAX_GRANTS
 from entitlement.errors import InvalidArgument
 from entitlement.grants import Category, Grant
+from entitlement.periods import period
 from entitlement.quantity import MAX_NANOS
 from ledger_sync import changes, hot_deltas
 from ledger_sync.changes import Entry, Locked, Transaction
@@ -51,10 +52,17 @@ async def issue(connection: Connection, account: Locked, new: NewGrant) -> Grant
 async def carry_over(
     connection: Connection, account: Locked, new: NewGrant, taken: Sequence[tuple[Grant, int]]
 ) -> Grant:
-    """Credit that comes out of other grants: (grant, nanos), which sum to the new one's amount."""
+    """Credit that comes out of other grants: (grant, nanos), which sum to the new one's amount. It joins the cycle's
+    allowance only when the cycle begins with it: else what it comes from is in it already.
+    """
     assert sum(nanos for _, nanos in taken) == new.amount, "what is carried over is what is taken"
     grant = await _insert(connection, account, new)
-    change = hot_deltas.Change(new=(grant.no,), grants=tuple((old.no, -nanos) for old, nanos in taken))
+    begins = period(account.config.recurrence, account.config.anchor_ms, new.effective_ms)[0] == new.effective_ms
+    moved = [(old.no, -nanos) for old, nanos in taken]
+    if begins:
+        change = hot_deltas.Change(new=(grant.no,), grants=tuple(moved))
+    else:
+        change = hot_deltas.Change(grants=(*moved, (grant.no, grant.amount)))
     version = await hot_deltas.decide(connection, account.tenant, account.customer, change)
     entries = (
         Entry(f"grant:{grant.id}", grant.amount, grant.no),
@@ -72,7 +80,7 @@ async def carry_over(
 async def check_room(connection: Connection, account: Locked, amount: int) -> None:
     """The account's total stays an int64, and its grants a number that one decision can look at."""
     row = await connection.fetchrow(
-        """SELECT count(*) AS count, coalesce(sum(b.remaining), 0)::text AS total
+        """SELECT count(*) FILTER (WHERE g.swept = 0) AS count, coalesce(sum(b.remaining), 0)::text AS total
            FROM grants g JOIN grant_balances b ON b.grant_no = g.no
            WHERE g.tenant = $1 AND g.customer = $2 AND g.voided_ms = 0 AND g.swept < 2 AND b.remaining > 0""",
         *(account.tenant, account.customer),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from ledger_sync import hot_deltas
+from ledger_sync.hot_store import Name
 from ledger_sync.ledger import LedgerRefused
 from ledger_sync.refusals import Refusal
 
@@ -25,6 +26,10 @@ WHERE a.tenant = $1 AND a.epoch > 0 AND a.period_end > 0 AND a.period_end <= $2
       AND NOT EXISTS (SELECT 1 FROM hot_deltas d WHERE d.tenant = a.tenant AND d.customer = a.customer)
 ORDER BY a.period_end LIMIT $3"""
 
+_COLD: Final = """
+SELECT a.customer FROM contracts c JOIN accounts a USING (tenant, customer)
+WHERE c.tenant = $1 AND c.state = 1 AND c.commits AND a.epoch = 0 LIMIT $2"""
+
 _LOCK: Final = "SELECT period_end FROM accounts WHERE tenant = $1 AND customer = $2 FOR UPDATE"
 _PENDING: Final = "SELECT EXISTS (SELECT 1 FROM hot_deltas WHERE tenant = $1 AND customer = $2)"
 
@@ -32,21 +37,30 @@ log = structlog.get_logger(__name__)
 
 
 class PageTurner:
-    """`hot_now_ms`: the hot store's clock, by which pages turn. `wake`: called when changes wait to be pushed."""
+    """`hot_now_ms`: the hot store's clock, by which pages turn. `wake`: called when changes wait to be pushed. `ask`:
+    asks for accounts to be installed.
+    """
 
     def __init__(
-        self, ledger: Ledger, tenant: str, hot_now_ms: Callable[[], Awaitable[int]], wake: Callable[[], None]
+        self,
+        ledger: Ledger,
+        tenant: str,
+        hot_now_ms: Callable[[], Awaitable[int]],
+        wake: Callable[[], None],
+        ask: Callable[[list[Name]], Awaitable[None]],
     ) -> None:
         self._ledger = ledger
         self._tenant = tenant
         self._hot_now_ms = hot_now_ms
         self._wake = wake
+        self._ask = ask
 
     async def tend(self, now_ms: int) -> bool:
         """Has overdue pages turned. By both clocks: a page that is not over in the hot store would not turn there."""
         due = await self._due(now_ms)
         if due and (hot_ms := await self._hot_now_ms()) < now_ms:
             due = await self._due(hot_ms)
+        await self._warm()
         decided = 0
         for customer in due:
             try:
@@ -56,6 +70,13 @@ class PageTurner:
         if decided:
             self._wake()
         return decided == ROUND
+
+    async def _warm(self) -> None:
+        """Accounts with a minimum commit that nobody has asked for yet are installed: their first page begins."""
+        async with self._ledger.transaction(readonly=True) as connection:
+            rows = await connection.fetch(_COLD, self._tenant, ROUND)
+        if rows:
+            await self._ask([(self._tenant, row["customer"]) for row in rows])
 
     async def _due(self, now_ms: int) -> list[str]:
         async with self._ledger.transaction(readonly=True) as connection:

@@ -47,10 +47,10 @@ class Correction(msgspec.Struct, frozen=True):
 class Purse:
     """A customer's grants and what is left of them, moved along by what is corrected. Pure."""
 
-    def __init__(self, grants: Iterable[tuple[Grant, int]], now_ms: int) -> None:
+    def __init__(self, grants: Iterable[tuple[Grant, int]]) -> None:
         left = {grant.no: (grant, remaining) for grant, remaining in grants}
         self._left = {no: remaining for no, (_, remaining) in left.items()}
-        self._open = burn_order(grant for grant, _ in left.values() if not grant.ended(now_ms))
+        self._open = burn_order(grant for grant, _ in left.values() if not grant.ended)
         self._open_nos = {grant.no for grant in self._open}
 
     def left(self, no: int) -> int:

@@ -63,6 +63,11 @@ end
 
 local function active(grant, at) return grant.effective <= at and (grant.expires == 0 or at < grant.expires) end
 
+-- Whether a grant counts towards the allowance of the cycle [from, to) that is turned or changed at `now`.
+local function counts(grant, to, now)
+  return (to == 0 or grant.effective < to) and (grant.expires == 0 or now < grant.expires)
+end
+
 local function covers(grant, feature)
   return grant.features == '*' or string.find(grant.features, ',' .. feature .. ',', 1, true) ~= nil
 end
@@ -84,8 +89,7 @@ local function set_gate(a)
   h, l = sub(h, l, a.ah, a.al)
   local ch, cl = num(a.line)
   h, l = add(h, l, ch, cl)
-  if over(h, l) then h, l = 9223372036, 854775807 end
-  a.gh, a.gl = h, l
+  a.gh, a.gl = bounded(h, l)
 end
 
 -- Compares what the period has used with each threshold. Returns 'percent+n,...' for those newly crossed and
@@ -152,9 +156,10 @@ local function roll(key, stream, who, a, grants, now)
   a.sh, a.sl, a.crossed, a.crossings = 0, 0, '-', 0
   a.ah, a.al = num(a.line)
   for _, g in ipairs(grants) do
-    if active(g, now) then a.ah, a.al = add(a.ah, a.al, g.h, g.l) end
+    if counts(g, a.to, now) then a.ah, a.al = add(a.ah, a.al, g.h, g.l) end
   end
   if less(a.ah, a.al, a.oh, a.ol) then a.ah, a.al = 0, 0 else a.ah, a.al = sub(a.ah, a.al, a.oh, a.ol) end
+  a.ah, a.al = bounded(a.ah, a.al)
   set_gate(a)
   cross(a)
   a.sequence = a.sequence + 1

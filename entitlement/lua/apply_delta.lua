@@ -67,11 +67,16 @@ for _, no in ipairs(order) do
   local g = live[no]
   if g then
     removed[#removed + 1] = struct.pack('<ddd', no, g.h, g.l)
-    if less(a.ah, a.al, g.h, g.l) then a.ah, a.al = 0, 0 else a.ah, a.al = sub(a.ah, a.al, g.h, g.l) end
+    if counts(g, a.to, a.from) then -- Else this cycle's allowance never had it.
+      if less(a.ah, a.al, g.h, g.l) then a.ah, a.al = 0, 0 else a.ah, a.al = sub(a.ah, a.al, g.h, g.l) end
+    end
   end
 end
--- A prepaid debt is repaid by what has been added; in arrears it waits for the invoice.
-if a.billing ~= 'A' then
+-- A prepaid debt is repaid by what has been added; in arrears it waits for the invoice, also when arrears end with this
+-- change: then the page turns, under the old terms.
+local turned = old.recurrence ~= a.recurrence or old.anchor ~= a.anchor
+local closing = old.billing == 'A' and (turned or a.billing ~= 'A')
+if a.billing ~= 'A' and not closing then
   for _, g in ipairs(grants) do
     if a.oh < 0 or (a.oh == 0 and a.ol == 0) then break end
     if (g.h > 0 or g.l > 0) and g.features == '*' and active(g, now) then
@@ -83,11 +88,11 @@ if a.billing ~= 'A' then
     end
   end
 end
+a.ah, a.al = bounded(a.ah, a.al)
 set_gate(a)
 a.sequence = a.sequence + 1
 
 -- After this point it must succeed.
-local turned = old.recurrence ~= a.recurrence or old.anchor ~= a.anchor
 local crossings = cross(a)
 redis.call('HSET', KEYS[1], 'c', ARGV[2], 'd', write_state(a), 'g', write_grants(grants))
 local keep = {}
@@ -129,5 +134,10 @@ local overage_h, overage_l = num(ARGV[5])
 journal(KEYS[2], 3, ARGV[8], a, now, crossings,
   struct.pack('<ddddddddd', sh, sl, overage_h, overage_l, a.sh, a.sl, a.ah, a.al, a.from)
     .. list(removed) .. list(reclassed) .. list(repaid))
-if turned then roll(KEYS[1], KEYS[2], ARGV[8], a, grants, now) end
+if turned or closing then
+  local billing = a.billing
+  if closing then a.billing = 'A' end
+  roll(KEYS[1], KEYS[2], ARGV[8], a, grants, now)
+  a.billing = billing
+end
 return '=' .. integer(a.sequence)

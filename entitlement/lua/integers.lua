@@ -38,6 +38,12 @@ local function less(ah, al, bh, bl) return ah < bh or (ah == bh and al < bl) end
 -- Beyond int64's positive bound, 9223372036854775807?
 local function over(h, l) return h > 9223372036 or (h == 9223372036 and l > 854775807) end
 
+-- The pair, or int64's positive bound where it lies beyond.
+local function bounded(h, l)
+  if over(h, l) then return 9223372036, 854775807 end
+  return h, l
+end
+
 -- Pair of an exact non-negative double below 2^53.
 local function pair(x)
   local h = math.floor(x / B)

@@ -143,6 +143,8 @@ class _Reader:
         arrears = billing == pb.Contract.ARREARS
         if not arrears and (stray := f.get("allowance")):
             raise Fault(stray.where, "a credit line", "billing: arrears with it, or a grant instead")
+        if not arrears and (stray := f.get("gate_percent")) and stray.integer(1, MAX_PERCENT) != 100:
+            raise stray.fault("100: only arrears may run beyond it or deny before")
         quotas = f.items("quotas")
         message = pb.Contract(
             id=id_,

@@ -12,6 +12,21 @@ CREATE INDEX contracts_ending ON contracts (ends_ms) WHERE state = 1 AND ends_ms
 
 -- When what is available falls below it, credit is bought; NULL: the contract has no such rule.
 ALTER TABLE contracts ADD COLUMN top_up_below bigint;
+-- It has a minimum commit: its account is installed even if nobody asks for it, so that its pages turn.
+ALTER TABLE contracts ADD COLUMN commits boolean NOT NULL DEFAULT false;
+CREATE INDEX contracts_committed ON contracts (tenant, customer) WHERE state = 1 AND commits;
+
+-- Rates of a contract's own over time: from since_ms on, in place of those of `base` or beside them.
+CREATE TABLE contract_rates (
+    tenant     text NOT NULL,
+    contract   text NOT NULL,
+    since_ms   bigint NOT NULL,
+    base       text NOT NULL,
+    rates      jsonb NOT NULL,             -- entitlement.rating.Rate, as msgspec writes it
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (tenant, contract, since_ms)
+);
+CREATE INDEX contract_rates_base ON contract_rates (tenant, base);
 CREATE INDEX contracts_top_up ON contracts (tenant, customer) WHERE state = 1 AND top_up_below IS NOT NULL;
 
 -- The recurring grant (or contract, for its seats) that issued it.

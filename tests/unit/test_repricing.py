@@ -36,7 +36,7 @@ def line(amount: int, *burns: tuple[int, int]) -> BurnedLine:
 
 
 def purse(*grants: tuple[Grant, int]) -> Purse:
-    return Purse(grants, NOW_MS)
+    return Purse(grants)
 
 
 def burns(was: BurnedLine, amount: int, held: Purse, at_ms: int = NOW_MS) -> list[tuple[int, int]]:

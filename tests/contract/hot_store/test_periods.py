@@ -8,6 +8,7 @@ from entitlement.account import Account, Billing, HotGrant
 from entitlement.decision import Decision, Mode, Reason, Verdict
 from entitlement.journal import OVERAGE, Burn, Consumed, Crossing, Rolled
 from entitlement.periods import DAY, HOUR, Recurrence, period
+from entitlement.quantity import MAX_NANOS
 from tests.hot_stores import IMAGES, TENANT, TOKENS, Hot, account
 
 
@@ -94,15 +95,28 @@ async def test_a_debt_larger_than_the_credit_leaves_no_allowance(hot: Hot) -> No
     assert rolled.allowance == 0
 
 
-async def test_only_active_grants_make_the_next_allowance(hot: Hot) -> None:
+async def test_the_grants_of_a_cycle_make_its_allowance(hot: Hot) -> None:
+    """Those that begin later in it count; what is over, or begins after it, does not."""
     now = hot.now()
-    hot.put(
-        ended(hot, HotGrant(1, 500), HotGrant(2, 70, 0, now - HOUR), HotGrant(3, 9, now + HOUR), credit_line=10_000)
-    )
+    grants = [
+        HotGrant(1, 500),
+        HotGrant(2, 70, 0, now - HOUR),
+        HotGrant(3, 9, now + HOUR),
+        HotGrant(4, 3, now + 3 * DAY),
+    ]
+    hot.put(ended(hot, *grants, credit_line=10_000))
     await hot.decide("k1", (TOKENS, 1))
     rolled = hot.journal()[0]
     assert isinstance(rolled, Rolled)
-    assert rolled.allowance == 10_500
+    assert rolled.allowance == 10_509
+
+
+async def test_an_allowance_beyond_int64_is_int64s_bound(hot: Hot) -> None:
+    hot.put(ended(hot, HotGrant(1, MAX_NANOS), credit_line=MAX_NANOS))
+    await hot.decide("k1", (TOKENS, 1))
+    rolled = hot.journal()[0]
+    assert isinstance(rolled, Rolled)
+    assert rolled.allowance == MAX_NANOS
 
 
 @pytest.mark.parametrize("mode", [Mode.NORMAL, Mode.CHECK_ONLY])
