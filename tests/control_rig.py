@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
 from entitlement.account import Account
-from entitlement.decision import Charge, Consume, Decision, Limits, Mode, Outcome, parse_outcome
+from entitlement.decision import Charge, Consume, Decision, Limits, Mode, Outcome, Stale, parse_outcome
 from entitlement.keys import PARTITIONS
 from entitlement.request import parse_consume
 from entitlement.v1 import gateway_pb2, ledger_pb2
@@ -105,7 +105,8 @@ class Rig:
             message.event_time.FromMilliseconds(event_ms)
         request = parse_consume(TENANT, message)
         await self.account(customer)
-        outcome = await self.ask(request)
+        while isinstance(outcome := await self.ask(request), Stale):
+            pass  # Its plan changed between the look and the call: as a gateway does, it looks again.
         assert isinstance(outcome, Decision), outcome
         return outcome
 
