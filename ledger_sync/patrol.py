@@ -47,12 +47,19 @@ class Patrol:
 
     async def run(self) -> None:
         """Until it is cancelled. A store that is away is waited for."""
-        while True:
-            try:
-                await self.round()
-            except (EntitlementError, TimeoutError) as error:
-                log.warning("the patrol waits", error=str(error) or type(error).__name__)
-                await asyncio.sleep(RETRY_S)
+        try:
+            while True:
+                await self._try_round()
+        finally:  # Whoever has the lease next tells of what drifts.
+            self._drifting.clear()
+            self._export()
+
+    async def _try_round(self) -> None:
+        try:
+            await self.round()
+        except (EntitlementError, TimeoutError) as error:
+            log.warning("the patrol waits", error=str(error) or type(error).__name__)
+            await asyncio.sleep(RETRY_S)
 
     async def round(self) -> None:
         """Looks at everybody once."""

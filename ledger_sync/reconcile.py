@@ -197,12 +197,12 @@ class Reconciler:
         change = drift.repair(found, seen.account.period_start)
         async with self._ledger.transaction() as connection:
             account = await changes.lock(connection, *name)
-            if await verify_reads.repaired(connection, *name, seen.account.version):
-                return  # By someone who looked at the same time.
             known = await verify_reads.grants_of(connection, *name)
             anew = any(item.part == PLACE for item in found) or not known.issuperset(no for no, _ in change.grants)
             if anew:
                 await changes.audit(connection, self._tenant, actor, "Rebuild", seen.customer, text)
+            elif await verify_reads.repaired(connection, *name, seen.account.version):
+                return  # By someone who looked at the same time.
             else:
                 await self._book(connection, account, change, actor, text)
         if anew:

@@ -59,9 +59,9 @@ class Redriver:
         return response
 
     async def retry(self, request: pb.QuarantineRequest, actor: str) -> pb.QuarantineResponse:
-        """Books what can be booked by now. What is in the ledger already is recognised; the rest is `left`, with its
-        reason of now. Each hundred records are one transaction. NotFound: an id is not one of an unresolved record, and
-        nothing was changed. Unavailable: the hot store is away; what was done stays done.
+        """Books what can be booked by now. What is in the ledger already is recognised; the rest is `left` (a thousand
+        of it are told), with its reason of now. Each hundred records are one transaction. NotFound: an id is not one of
+        an unresolved record, and nothing was changed. Unavailable: a store is away; what was done stays done.
         """
         ids = await self._chosen(request)
         response = pb.QuarantineResponse()

@@ -136,6 +136,19 @@ class TestRounds:
         assert watch.drift == (0, 0, 1)
         await healed(shop)
 
+    async def test_an_account_that_has_lost_its_repair_is_built_anew(self, shop: Rig, redis: Redis) -> None:
+        watch = Watch(shop)
+        await add_nano(shop, redis)
+        for _ in range(2):
+            await watch.patrol.round()
+        await healed(shop)
+        await forge(shop, redis, version=2)  # Back to before the repair.
+        for _ in range(2):
+            await watch.patrol.round()
+        assert await audited(shop) == [("patrol", "Repair", "bob"), ("patrol", "Rebuild", "bob")]
+        assert (await shop.account("bob")).epoch == 2
+        await healed(shop)
+
     async def test_it_goes_page_by_page(self, shop: Rig, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
         for module in (reconcile, patrol_module):
             monkeypatch.setattr(module, "BATCH", 1)
@@ -180,6 +193,18 @@ class TestLoop:
             await end(task)
         await healed(shop)
         assert await audited(shop) == [("patrol", "Repair", "bob")]
+
+    async def test_who_stops_no_longer_tells_of_drift(self, shop: Rig, redis: Redis) -> None:
+        await add_nano(shop, redis)
+        watch = Watch(shop, round_s=60)
+        task = asyncio.create_task(watch.patrol.run())
+
+        async def told() -> bool:
+            return watch.drift == (1, 1, 0)
+
+        await eventually(told)
+        await end(task)
+        assert watch.drift == (0, 0, 0)
 
     async def test_traffic_loses_nothing_and_is_never_repaired(self, shop: Rig, redis: Redis, seed: int) -> None:
         storm = Storm(shop, redis, Random(seed))
