@@ -5,7 +5,6 @@ A contract's seats are one of them. Periods are those of entitlement.periods, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -18,7 +17,7 @@ from ledger_sync import changes, hot_deltas
 from ledger_sync.changes import Locked
 from ledger_sync.expiry import allotment_id
 from ledger_sync.hot_store import Name
-from ledger_sync.issuing import RESERVED, NewGrant, issue
+from ledger_sync.issuing import RESERVED, NewGrant, issue, write_off
 from ledger_sync.refusals import Refusal
 
 if TYPE_CHECKING:
@@ -224,33 +223,7 @@ async def end(connection: Connection, account: Locked, recurring: str, *, void: 
     if rows:
         await hot_deltas.decide(connection, tenant, account.customer)
         if account.epoch == 0:
-            await void_cold(connection, account, [row["no"] for row in rows])
-
-
-async def void_cold(connection: Connection, account: Locked, numbers: Sequence[int]) -> None:
-    """Of an account that was never hot the ledger's figures are exact: what voided ones have left goes to breakage."""
-    rows = await connection.fetch(
-        """SELECT g.id, g.no, b.remaining, b.broken FROM grants g JOIN grant_balances b ON b.grant_no = g.no
-           WHERE g.no = ANY($1::bigint[]) AND b.remaining > 0""",
-        list(numbers),
-    )
-    for row in rows:
-        entries = (
-            changes.Entry(f"grant:{row['id']}", -row["remaining"], row["no"]),
-            changes.Entry(f"expired:{row['id']}", row["broken"]),
-            changes.Entry("breakage", row["remaining"] - row["broken"]),
-        )
-        transaction = changes.Transaction(
-            tenant=account.tenant,
-            customer=account.customer,
-            kind="void",
-            key=row["id"],
-            credit_type=account.config.credit_type,
-            version=account.version + 1,
-            entries=entries,
-        )
-        await changes.book(connection, transaction)
-        await connection.execute("UPDATE grant_balances SET remaining = 0, broken = 0 WHERE grant_no = $1", row["no"])
+            await write_off(connection, account, [row["no"] for row in rows])
 
 
 class Seats(msgspec.Struct, frozen=True):

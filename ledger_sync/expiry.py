@@ -22,7 +22,7 @@ from ledger_sync import changes, hot_deltas
 from ledger_sync.changes import Entry, Locked, Transaction
 from ledger_sync.hot_store import HotStore, Name
 from ledger_sync.install import Settled
-from ledger_sync.issuing import NewGrant, carry_over
+from ledger_sync.issuing import NewGrant, carry_over, write_off
 from ledger_sync.ledger import LedgerRefused
 from ledger_sync.posting import BREAKAGE, EXPIRED
 from ledger_sync.refusals import Refusal
@@ -180,11 +180,11 @@ async def _give_up(connection: Connection, account: Locked, rows: Sequence[Row])
     await connection.execute(
         "UPDATE grants SET swept = 2 WHERE no = ANY($1::bigint[])", [left.grant.no for left in found]
     )
-    left = [item for item in found if item.remaining > 0]
+    left = [item.grant.no for item in found if item.remaining > 0]
     if left and account.epoch:
         await hot_deltas.decide(connection, account.tenant, account.customer)
     elif left:
-        await _write_off(connection, account, left)
+        await write_off(connection, account, left)
 
 
 def allotment_id(source: str, start_ms: int) -> str:
@@ -205,20 +205,6 @@ async def _break(connection: Connection, account: Locked, grants: Sequence[Left]
         await changes.book(connection, _booking(account, "expire", left.grant, entries))
         await connection.execute(
             "UPDATE grant_balances SET broken = broken + $2 WHERE grant_no = $1", left.grant.no, rest
-        )
-
-
-async def _write_off(connection: Connection, account: Locked, grants: Sequence[Left]) -> None:
-    """Of an account that was never hot: the ledger's figures are exact, nobody else will book it."""
-    for left in grants:
-        entries = (
-            Entry(f"grant:{left.grant.id}", -left.remaining, left.grant.no),
-            Entry(f"{EXPIRED}{left.grant.id}", left.broken),
-            Entry(BREAKAGE, left.remaining - left.broken),
-        )
-        await changes.book(connection, _booking(account, "void", left.grant, entries))
-        await connection.execute(
-            "UPDATE grant_balances SET remaining = 0, broken = 0 WHERE grant_no = $1", left.grant.no
         )
 
 

@@ -16,7 +16,7 @@ from entitlement.v1 import ledger_pb2 as pb
 from ledger_sync import allotments, changes, hot_deltas
 from ledger_sync.allotments import Recurring
 from ledger_sync.changes import Locked
-from ledger_sync.issuing import RESERVED, NewGrant, issue, taken
+from ledger_sync.issuing import RESERVED, NewGrant, issue, taken, write_off
 from ledger_sync.refusals import NotFound
 from ledger_sync.translate import (
     Page,
@@ -149,7 +149,7 @@ class GrantStore:
         await connection.execute("UPDATE grants SET voided_ms = $2 WHERE no = $1", row["no"], account.now_ms)
         await hot_deltas.decide(connection, self._tenant, account.customer)
         if account.epoch == 0:
-            await allotments.void_cold(connection, account, [row["no"]])
+            await write_off(connection, account, [row["no"]])
         return True
 
     async def list(self, page: Page) -> pb.ListGrantsResponse:

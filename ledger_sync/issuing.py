@@ -17,6 +17,7 @@ from entitlement.periods import period
 from entitlement.quantity import MAX_NANOS
 from ledger_sync import changes, hot_deltas
 from ledger_sync.changes import Entry, Locked, Transaction
+from ledger_sync.posting import BREAKAGE, EXPIRED
 from ledger_sync.refusals import AlreadyExists, FailedPrecondition
 
 if TYPE_CHECKING:
@@ -75,6 +76,34 @@ async def carry_over(
         *([old.no for old, _ in taken], [nanos for _, nanos in taken]),
     )
     return grant
+
+
+async def write_off(connection: Connection, account: Locked, numbers: Sequence[int]) -> None:
+    """Takes what is left of these grants to breakage, but for what is there already. For accounts that were never hot:
+    the ledger's figures are exact, and nobody else will book it.
+    """
+    rows = await connection.fetch(
+        """SELECT g.id, g.no, b.remaining, b.broken FROM grants g JOIN grant_balances b ON b.grant_no = g.no
+           WHERE g.no = ANY($1::bigint[]) AND b.remaining > 0""",
+        list(numbers),
+    )
+    for row in rows:
+        entries = (
+            Entry(f"grant:{row['id']}", -row["remaining"], row["no"]),
+            Entry(f"{EXPIRED}{row['id']}", row["broken"]),
+            Entry(BREAKAGE, row["remaining"] - row["broken"]),
+        )
+        transaction = Transaction(
+            tenant=account.tenant,
+            customer=account.customer,
+            kind="void",
+            key=row["id"],
+            credit_type=account.config.credit_type,
+            version=account.version + 1,
+            entries=entries,
+        )
+        await changes.book(connection, transaction)
+        await connection.execute("UPDATE grant_balances SET remaining = 0, broken = 0 WHERE grant_no = $1", row["no"])
 
 
 async def check_room(connection: Connection, account: Locked, amount: int) -> None:
