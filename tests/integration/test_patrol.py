@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from random import Random
+from urllib.request import urlopen
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
+from entitlement import keys
 from entitlement.account import HotGrant
+from gateway.cli.stack import DevStack
 from ledger_sync import patrol as patrol_module
 from ledger_sync import reconcile
 from ledger_sync.control import LEASE, ControlPlane
+from ledger_sync.hot_store import HotStore
 from ledger_sync.ledger import LEASE_CLASS
 from ledger_sync.patrol import Patrol
 from ledger_sync.telemetry import Figures
-from tests import journal_records
+from tests import journal_records, stacks
 from tests.control_rig import DEADLINE_S, TENANT, USD, Rig, end, eventually, rig
 from tests.integration.test_reconcile import Storm, forge, is_clean, verify
+from tests.servers import free_port
+from tests.stacks import environment, price_of, put_catalogue, site, until
 
 END_LEASE = """
 SELECT pg_terminate_backend(pid) FROM pg_locks
@@ -245,3 +253,31 @@ class TestLoop:
             await healed(shop)
         finally:
             await end(waiting)
+
+
+async def test_a_whole_stack_heals_itself_and_exports_it(folders: Callable[[], Path]) -> None:
+    """ledger_sync as a process of its own, by its settings alone."""
+    metrics = f"127.0.0.1:{free_port()}"
+    settings = {"ENTITLEMENT_SYNC_PATROL_S": "1", "ENTITLEMENT_SYNC_METRICS": metrics}
+    with DevStack(folders() / "data", env=environment("grpcio", {"sync": settings})) as stack:
+        put_catalogue(stack)
+        async with site(stack) as at:
+            customer = await at.customer(price_of(10))
+            await at.consume(customer)
+            await at.verified(customer)
+            hot = HotStore.connect(stack.redis_url)
+            name = (stacks.TENANT, customer)
+            (account,) = await hot.snapshots([name])
+            assert account is not None
+            forged = msgspec.structs.replace(account, overage=account.overage + 7).encode()
+            await at.hot.hset(keys.account(hot.partition(name), *name), mapping=forged)  # type: ignore[arg-type]
+            await hot.close()
+
+            async def exported() -> str:
+                answer = await asyncio.to_thread(urlopen, f"http://{metrics}/metrics")
+                return str(answer.read().decode())
+
+            text = await until(exported, lambda text: "patrol_repairs_total 1.0" in text, "the repair")
+            assert "entitlement_sync_drift_nanos 0.0" in text
+            await at.balance_when(customer, price_of(9))
+            await at.verified(customer)
