@@ -130,7 +130,7 @@ def test_an_account_that_was_hot_goes_on_where_it_was() -> None:
 def test_a_first_install_begins_a_cycle() -> None:
     credits = (credit(1, 60), credit(2, 40, features=("t",)), credit(3, 9, effective=MAY + 2 * DAY))
     account, _ = assemble(ledgered(*credits, epoch=0, period_start=0, period_end=0, crossed="-"), MAY + DAY)
-    assert (account.epoch, account.period_start, account.allowance) == (1, MAY, 100)
+    assert (account.epoch, account.period_start, account.allowance) == (1, MAY, 109)
     assert [grant.no for grant in account.grants] == [1, 2, 3]
 
 
