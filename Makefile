@@ -3,9 +3,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+N ?= 10
+CASE ?=
+SEED ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format proto lock bench bench-quick clean
+.PHONY: help venv demo test faults check format proto lock bench bench-quick clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -18,6 +21,9 @@ demo: venv  ## the whole path on this machine, verified to the nano
 
 test: venv  ## the tests; ARGS="-k name -x" goes to pytest
 	@$(BIN)/python -m pytest $(ARGS)
+
+faults: venv  ## kills, cut wires and full disks under load; N=100 CASE=B1 SEED=7
+	@FAULTS_N=$(N) FAULTS_SEED=$(SEED) $(BIN)/python -m pytest tests/faults -s $(if $(CASE),-k $(CASE)_) $(ARGS)
 
 check: venv  ## style, types, import rules, freshness of generated code
 	$(BIN)/ruff check

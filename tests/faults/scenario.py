@@ -1,0 +1,210 @@
+"""Runs a case in two phases: load with faults, drawn from the seed; then everything is healed and must come to rest.
+
+One line tells the case, its seed and the figures; `make faults CASE=… SEED=…` runs the same again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Awaitable, Callable
+from random import Random
+from time import monotonic
+from typing import Final, TypeVar
+
+import grpc
+import msgspec
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from entitlement.v1 import ledger_pb2
+from entitlement.v1.ledger_pb2_grpc import LedgerAdminStub
+from tests.faults import witnesses
+from tests.faults.auditor import Audit, Auditor
+from tests.faults.cluster import Cluster
+from tests.faults.customers import Customer, put_catalogue, put_customers
+from tests.faults.load import Load, flowing, stubs
+from tests.stacks import CHANNEL
+
+CONVERGE_S: Final = 30.0
+ANSWER_S: Final = 60.0  # for what nobody knew, once all is healed
+LAG_S: Final = 1.0  # I9
+LOOK_AGAIN_S: Final = 0.05
+BETWEEN: Final = 120  # answers, at most, before the next fault
+
+Result = TypeVar("Result")
+
+
+def rounds(small: int = 1, most: int = 100) -> int:
+    """FAULTS_N of this case, `small` unless it is set."""
+    return min(most, int(os.environ.get("FAULTS_N", "0")) or small)
+
+
+def draw_seed() -> int:
+    return int(os.environ.get("FAULTS_SEED") or os.environ.get("TEST_SEED") or random.SystemRandom().randrange(2**32))
+
+
+async def off(work: Callable[..., Result], *arguments: object) -> Result:
+    """What blocks, in a thread."""
+    return await asyncio.to_thread(work, *arguments)
+
+
+class Rest(msgspec.Struct):
+    """How it came to rest."""
+
+    took_s: float = 0.0
+    lag_s: float = 0.0
+    at_rest: bool = False
+    drift_nanos: int = 0  # by the product's own proof
+    left: str = ""
+
+
+class Run:
+    """One case on one cluster. `wounds`: a loss of the hot store's tail is part of it, so sums may differ by order."""
+
+    def __init__(self, case: str, cluster: Cluster, seed: int, *, wounds: bool = False) -> None:
+        self.case = case
+        self.cluster = cluster
+        self.seed = seed
+        self.random = Random(seed)
+        self.wounds = wounds
+        self.customers: list[Customer] = []
+        self.load: Load
+        self.rounds = 0
+        self.rest = Rest()
+        self.notes: list[str] = []
+        self._quarantined = 0
+
+    async def more(self, most: int = BETWEEN, least: int = 1) -> None:
+        """Some more answers."""
+        await self.load.more(self.random.randrange(least, most + 1))
+
+    async def prepare(self) -> None:
+        admin = self.cluster.admin_address()
+        await off(put_catalogue, admin)
+        self.customers = await off(put_customers, admin, self.random)
+        books = await witnesses.read_books(self.cluster.database.dsn, [])
+        self._quarantined = books.quarantined
+
+    async def converge(self, *, strict: bool = True) -> None:
+        """Phase B: everything is healed, what nobody knew is asked again, and the journal and the outbox run dry."""
+        began = monotonic()
+        await off(self.cluster.heal)
+        await self.load.ask_again([r for r in self.load.records.values() if r.answer is None], ANSWER_S)
+        while not self.rest.at_rest and monotonic() < began + CONVERGE_S + ANSWER_S:
+            await self._look(strict)
+            await asyncio.sleep(LOOK_AGAIN_S)
+        self.rest.took_s = monotonic() - began
+
+    async def _look(self, strict: bool) -> None:
+        """Whether all is at rest. Verify is asked last: it waits itself."""
+        with self.cluster.primary.client() as hot:
+            unsettled = await off(witnesses.unsettled, hot)
+        pending = await witnesses.pending(self.cluster.database.dsn)
+        self.rest.left = f"journal {unsettled}, outbox and changes {pending}"
+        if unsettled or (pending and strict):
+            return
+        report = await self.verified()
+        self.rest.drift_nanos = report.drift_nanos
+        self.rest.left += f", {report.drifted} drifted, journal lag {report.journal_lag}"
+        self.rest.at_rest = not strict or not (report.drifted or report.journal_lag or report.outbox_pending)
+
+    async def verified(self) -> ledger_pb2.VerifyReport:
+        """The product's own proof."""
+        async with grpc.aio.insecure_channel(self.cluster.admin_address(), options=CHANNEL) as channel:
+            return await LedgerAdminStub(channel).Verify(ledger_pb2.VerifyRequest(), timeout=60)
+
+    async def audit(self) -> Audit:
+        names = [customer.id for customer in self.customers]
+        books = await witnesses.read_books(self.cluster.database.dsn, names)
+        with self.cluster.primary.client() as hot:
+            accounts = {name: witnesses.account(hot, name) for name in names}
+        auditor = Auditor(self.load.records, self.customers)
+        auditor.count()
+        auditor.surprises(self.load.surprises)
+        auditor.books(books)
+        auditor.prices(exact=not self.wounds)
+        auditor.limits(exact=not self.wounds)
+        auditor.hot(books, accounts)
+        auditor.events(books, await off(witnesses.read_events, self.cluster.events, names))
+        auditor.rest("quarantine", self._quarantined, books.quarantined)
+        auditor.rest("at rest", "yes", "yes" if self.rest.at_rest else self.rest.left)
+        await self._alive(auditor)
+        return auditor.audit
+
+    async def _alive(self, auditor: Auditor) -> None:
+        """I9: both say SERVING, and a charge is in the ledger within a second again."""
+        for address in (*self.cluster.addresses, self.cluster.admin_address()):
+            auditor.rest(f"health of {address.rpartition('/')[2]}", "SERVING", await health(address))
+        deadline = monotonic() + CONVERGE_S
+        self.rest.lag_s = await self._lag()
+        while self.rest.lag_s > LAG_S and monotonic() < deadline:
+            self.rest.lag_s = await self._lag()
+        auditor.rest("lag", f"at most {LAG_S} s", f"at most {LAG_S} s" if self.rest.lag_s <= LAG_S else self.rest.lag_s)
+
+    async def _lag(self) -> float:
+        """Seconds from an answer to its entry."""
+        record = self.load.draw(customer=self.customers[0])
+        await self.load.ask_again([record], ANSWER_S)
+        began = monotonic()
+        while record.amount and monotonic() < began + CONVERGE_S:
+            books = await witnesses.read_books(self.cluster.database.dsn, [record.customer])
+            if record.key in books.booked:
+                break
+            await asyncio.sleep(LOOK_AGAIN_S / 5)
+        return monotonic() - began
+
+    def line(self, audit: Audit) -> str:
+        notes = "".join(f", {note}" for note in self.notes)
+        return (
+            f"faults {self.case}: seed {self.seed}, rounds {self.rounds}, {audit.figures()}, "
+            f"at rest after {self.rest.took_s:.1f} s, lag {self.rest.lag_s * 1000:.0f} ms{notes} "
+            f"(again: make faults CASE={self.case.partition('-')[0]} SEED={self.seed})"
+        )
+
+
+async def play(
+    case: str,
+    cluster: Cluster,
+    fault: Callable[[Run], Awaitable[None]],
+    *,
+    n: int = 1,
+    strict: bool = True,
+    wounds: bool = False,
+    callers: int = 16,
+    pace_s: float = 0.01,
+) -> Audit:
+    """Plays a case: `fault`, `n` times, while the load flows; then phase B and the audit, whose line is printed.
+
+    `strict`: every invariant must hold, or the run fails with what was found and the children's last lines.
+    """
+    run = Run(case, cluster, draw_seed(), wounds=wounds)
+    print(f"faults {case}: seed {run.seed}")
+    try:
+        await run.prepare()
+        async with stubs(cluster.addresses) as gateways:
+            run.load = Load(gateways, run.customers, run.random, callers=callers, pace_s=pace_s)
+            async with flowing(run.load):
+                for run.rounds in range(1, n + 1):
+                    await fault(run)
+            await run.converge(strict=strict)
+            audit = await run.audit()
+    except BaseException:
+        print(cluster.report())
+        raise
+    print(run.line(audit))
+    if strict and audit.findings:
+        pytest.fail(f"{run.line(audit)}\n{audit.shown()}\n{cluster.report()}", pytrace=False)
+    cluster.clean = not audit.findings
+    return audit
+
+
+async def health(address: str) -> str:
+    async with grpc.aio.insecure_channel(address, options=CHANNEL) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+        except grpc.aio.AioRpcError as error:
+            return error.code().name
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
