@@ -93,16 +93,18 @@ class Lane:
             await uninterrupted(self._settle(batch))
         while True:
             lease.check()
-            await uninterrupted(self._turn())
+            await uninterrupted(self._turn(lease))
 
-    async def _turn(self) -> None:
-        if (batch := await self._collect()).size:
+    async def _turn(self, lease: Lease) -> None:
+        if (batch := await self._collect(lease)).size:
             await self._settle(batch)
         self._in_hand = False
         self._done.set()
 
-    async def _collect(self) -> Batch:
-        """The next batch: full, or all there is after a short wait in which more of it gathers."""
+    async def _collect(self, lease: Lease) -> Batch:
+        """The next batch: full, or all there is after a short wait in which more of it gathers. What was read is
+        settled even if the lease is lost meanwhile; nothing is read after it.
+        """
         batch = Batch()
         entries, more = await self.reader.new(BLOCK_MS)
         self._in_hand = bool(entries)
@@ -113,7 +115,7 @@ class Lane:
                     await self._asked.wait()
             more = True
         self._asked.clear()
-        while more and batch.size < self._size:
+        while more and batch.size < self._size and lease.held:
             entries, more = await self.reader.new(0)
             batch.add(entries)
         return batch

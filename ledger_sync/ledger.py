@@ -7,14 +7,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import zlib
-from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import TYPE_CHECKING, Final, Literal, Self
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Final, Literal, Self, TypeVar
 
 import asyncpg
 
 from entitlement.errors import EntitlementError
 from ledger_sync import migrations, quarantine
 from ledger_sync.bookkeeping import Bookkeeper
+from ledger_sync.lease import IDLE_S, Held
 from ledger_sync.posting import Posted, Rejected
 from ledger_sync.settlement import Outcome
 
@@ -37,10 +38,19 @@ LEASE_CLASS: Final = 0x656E74  # the first half of our advisory lock keys
 PRESENCE_CLASS: Final = 0x656E75
 
 _TRY: Final = "SELECT pg_try_advisory_lock($1, $2)"
+_BE_THERE: Final = "SELECT pg_advisory_lock_shared($1, $2)::text"
 _PRESENT: Final = """
 SELECT count(*) FROM pg_locks
 WHERE locktype = 'advisory' AND classid = $1::integer::oid AND objid = $2::integer::oid AND mode = 'ShareLock'
       AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
+
+# A client that is cut off is noticed by the server: probed when it is silent, given up when it takes nothing.
+_CUT_OFF: Final = {
+    "tcp_keepalives_idle": "1",
+    "tcp_keepalives_interval": "1",
+    "tcp_keepalives_count": "2",
+    "tcp_user_timeout": str(int(IDLE_S * 1000)),
+}
 
 # Nothing else would have refused the same statement on another day: what the data broke, by SQLSTATE class.
 _REFUSALS: Final = ("22", "23", "P0")  # data exception, integrity constraint violation, raised by a trigger
@@ -58,39 +68,52 @@ class LedgerRefused(LedgerError):
     """The data itself was refused: a constraint, a trigger, a number out of range. The same data fails again."""
 
 
-class Lease:
-    """An advisory lock that lives as long as its connection. `lost` is set when the database has ended it."""
+class Lease(Held):
+    """An advisory lock that lives as long as its session, and that only while it is kept."""
 
     def __init__(self, name: str, connection: asyncpg.Connection[asyncpg.Record]) -> None:
-        self.name = name
-        self.lost = asyncio.Event()
+        super().__init__(name)
+        self._connection = connection
+        self._turn = asyncio.Lock()  # one statement at a time
         connection.add_termination_listener(lambda _: self.lost.set())
-
-    @property
-    def held(self) -> bool:
-        """False: another may hold the lease by now."""
-        return not self.lost.is_set()
 
     def check(self) -> None:
         """Raises LedgerUnavailable when the lease is lost."""
         if not self.held:
             raise LedgerUnavailable(f"the lease {self.name!r} is lost")
 
+    async def ping(self) -> None:
+        await self._ask("SELECT 1")
 
-class Presence:
-    """One of those who are there under a name: how many there are."""
+    async def take(self) -> bool:
+        """Whether the lock could be had at once."""
+        return bool(await self._ask(_TRY, LEASE_CLASS, _key(self.name)))
 
-    def __init__(self, name: str, connection: asyncpg.Connection[asyncpg.Record]) -> None:
-        self._name = name
-        self._connection = connection
+    async def _ask(self, query: str, *arguments: object) -> object:
+        async with self._turn:
+            sent = self._clock()
+            with translated():
+                answer: object = await self._connection.fetchval(query, *arguments, timeout=COMMAND_TIMEOUT_S)
+            self.renew(sent)
+        return answer
+
+
+class Presence(Lease):
+    """One of those who are there under a name: how many there are. Shared: nobody waits for it."""
+
+    async def take(self) -> bool:
+        await self._ask(_BE_THERE, PRESENCE_CLASS, _key(self.name))
+        return True
 
     async def count(self) -> int:
         """With oneself, and without a process that has died. LedgerUnavailable: one's own session is over."""
-        with translated():
-            found: int = await self._connection.fetchval(
-                *(_PRESENT, PRESENCE_CLASS, _key(self._name)), timeout=COMMAND_TIMEOUT_S
-            )
+        self.check()
+        found = await self._ask(_PRESENT, PRESENCE_CLASS, _key(self.name))
+        assert isinstance(found, int)
         return found
+
+
+Kind = TypeVar("Kind", bound=Lease)
 
 
 class Ledger:
@@ -116,7 +139,7 @@ class Ledger:
                 max_size=connections,
                 timeout=CONNECT_TIMEOUT_S,
                 command_timeout=COMMAND_TIMEOUT_S,
-                server_settings={"application_name": "ledger_sync", "jit": "off", "timezone": "UTC"},
+                server_settings={"application_name": "ledger_sync", "jit": "off", "timezone": "UTC", **_CUT_OFF},
             )
         return cls(pool, dsn)
 
@@ -160,52 +183,57 @@ class Ledger:
             await quarantine.keep(connection, rejected)
 
     @contextlib.asynccontextmanager
-    async def lease(self, name: str) -> AsyncIterator[Lease]:
-        """Waits for the advisory lock `name`, then holds it on its own connection: one holder in the deployment."""
-        async with self._session(name) as connection:
-            with translated():
-                await _lock(connection, _key(name))
-            yield Lease(name, connection)
+    async def lease(self, name: str, waited: Callable[[], None] = lambda: None) -> AsyncIterator[Lease]:
+        """Waits for the advisory lock `name`, then holds it on its own session: one holder in the deployment. One that
+        dies, is stopped or cut off loses it within IDLE_S. `waited` is called all the while.
+        """
+        async with self._session(name, Lease) as lease:
+            # Asks again and again: a statement that waits inside the server would hold a snapshot open all the while.
+            while not await lease.take():
+                waited()
+                await asyncio.sleep(LEASE_POLL_S)
+            async with lease.kept():
+                yield lease
 
     @contextlib.asynccontextmanager
     async def try_lease(self, name: str) -> AsyncIterator[Lease | None]:
         """As `lease`, without waiting. None: another has it."""
-        async with self._session(name) as connection:
-            with translated():
-                got = await connection.fetchval(_TRY, LEASE_CLASS, _key(name), timeout=COMMAND_TIMEOUT_S)
-            yield Lease(name, connection) if got else None
+        async with self._session(name, Lease) as lease:
+            if not await lease.take():
+                yield None
+                return
+            async with lease.kept():
+                yield lease
 
     @contextlib.asynccontextmanager
     async def presence(self, name: str) -> AsyncIterator[Presence]:
-        """Counts as one who is there under `name`, for as long as the block lasts or the process lives."""
-        async with self._session(name) as connection:
-            with translated():
-                await connection.execute(
-                    "SELECT pg_advisory_lock_shared($1, $2)", PRESENCE_CLASS, _key(name), timeout=COMMAND_TIMEOUT_S
-                )
-            yield Presence(name, connection)
+        """Counts as one who is there under `name`, for as long as the block lasts and the process can be heard."""
+        async with self._session(name, Presence) as presence:
+            await presence.take()
+            async with presence.kept():
+                yield presence
 
     @contextlib.asynccontextmanager
-    async def _session(self, name: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
-        """A connection of its own; what is locked in it ends with it."""
+    async def _session(self, name: str, kind: type[Kind]) -> AsyncIterator[Kind]:
+        """A connection of its own; what is locked in it ends with it, and with whoever is not heard of any more."""
         with translated():
             connection = await asyncpg.connect(
-                self._dsn, timeout=CONNECT_TIMEOUT_S, server_settings={"application_name": f"ledger_sync {name}"}
+                self._dsn,
+                timeout=CONNECT_TIMEOUT_S,
+                server_settings={
+                    "application_name": f"ledger_sync {name}",
+                    "idle_session_timeout": str(int(IDLE_S * 1000)),
+                    **_CUT_OFF,
+                },
             )
         try:
-            yield connection
+            yield kind(name, connection)
         finally:
             connection.terminate()
 
 
 def _key(name: str) -> int:
     return zlib.crc32(name.encode()) & 0x7FFFFFFF
-
-
-async def _lock(connection: asyncpg.Connection[asyncpg.Record], key: int) -> None:
-    """Asks again and again: a statement that waits inside the server would hold a snapshot open all the while."""
-    while not await connection.fetchval(_TRY, LEASE_CLASS, key, timeout=COMMAND_TIMEOUT_S):  # noqa: ASYNC110
-        await asyncio.sleep(LEASE_POLL_S)  # What is waited for happens in another process.
 
 
 @contextlib.contextmanager

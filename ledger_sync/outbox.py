@@ -46,7 +46,9 @@ WHERE (txid, id) > ($1::text::xid8, $2::bigint) AND (txid, id) <= ($3::text::xid
 _MOVE: Final = """
 INSERT INTO outbox_cursor AS c (publisher, txid, id, published) VALUES ($1, $2::text::xid8, $3, $4)
 ON CONFLICT (publisher)
-DO UPDATE SET txid = excluded.txid, id = excluded.id, published = c.published + excluded.published"""
+DO UPDATE SET txid = excluded.txid, id = excluded.id, published = c.published + excluded.published
+    WHERE (c.txid, c.id) = ($5::text::xid8, $6::bigint)
+RETURNING 1"""
 
 log = structlog.get_logger(__name__)
 
@@ -117,8 +119,9 @@ class Outbox:
     async def _forget(self, last: Cursor, now: Cursor, published: int) -> None:
         async with self._ledger.transaction() as connection:
             await connection.execute(_PLAN)
+            if not await connection.fetchval(_MOVE, CURSOR, now.txid, now.id, published, last.txid, last.id):
+                return  # Another has published them meanwhile, and more: it took this one for dead.
             await connection.execute(_DELETE, last.txid, last.id, now.txid, now.id)
-            await connection.execute(_MOVE, CURSOR, now.txid, now.id, published)
         self._figures.published.inc(published)
 
     async def _deliver(self, events: Sequence[Outgoing]) -> None:

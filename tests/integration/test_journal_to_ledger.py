@@ -401,8 +401,8 @@ async def test_without_leases_two_would_be_at_work_on_one_lane(pipe: Pipe, monke
 
     @asynccontextmanager
     async def anyone(ledger: Ledger, name: str) -> AsyncIterator[Lease]:
-        async with ledger._session(name) as connection:
-            yield Lease(name, connection)
+        async with ledger._session(name, Lease) as lease, lease.kept():
+            yield lease
 
     monkeypatch.setattr(Ledger, "try_lease", anyone)
     drains = four_lanes(pipe, "one"), four_lanes(pipe, "two")
