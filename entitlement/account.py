@@ -3,7 +3,7 @@
 Fields of the hash (times are ms since 1970; entitlement/lua/account.lua reads and writes the same):
 
 c   text: status billing plan credit_type entitled recurrence anchor credit_line gate_percent thresholds
-    ('missing' alone: the ledger has no such customer). plan is 'now|until:before|...', the untils ascending
+    (alone: 'missing', the ledger has no such customer; 'frozen', it is being built anew). plan is 'now|until:before|...', the untils ascending
 d   packed doubles: epoch sequence version period_start period_end, then as pairs settled held overage allowance gate
     next_crossing, then crossings; then the crossed thresholds as zero-terminated text ('80,90' or '-')
 g   packed, for each grant with something left, in burn order: no remaining(pair) effective expires, its features as
@@ -29,12 +29,15 @@ from entitlement.periods import Recurrence, period
 from entitlement.quantity import MAX_NANOS, NANOS
 
 MISSING = "missing"
+FROZEN = "frozen"  # it is being built anew from the ledger
+_MARKS = (MISSING.encode(), FROZEN.encode())
 MAX_GRANTS = 256  # live grants of one account in the hot store
 MAX_EARLIER = 16  # rate cards that priced an account before, for late events
 MAX_PERCENT = 1000  # of a threshold or a gate
 DEFAULT_THRESHOLDS = (80, 90, 100, 150)
 
 _STATE = struct.Struct("<18d")
+_PLACE = struct.Struct("<3d")  # what it begins with
 _GRANT = struct.Struct("<5d")
 _NEVER = (MAX_NANOS // NANOS + 1) * NANOS  # no threshold lies ahead
 
@@ -246,8 +249,8 @@ class Account(msgspec.Struct):
 
     @classmethod
     def decode(cls, fields: Mapping[bytes, bytes]) -> Account | None:
-        """The account in a hash's fields, as HGETALL gives them; None when it is not loaded or marked missing."""
-        if fields.get(b"c", MISSING.encode()) == MISSING.encode():
+        """The account in a hash's fields, as HGETALL gives them; None when it is not loaded, or a mark is there."""
+        if fields.get(b"c", MISSING.encode()) in _MARKS:
             return None
         try:
             return cls._decode(fields)
@@ -322,3 +325,9 @@ def decode_grants(blob: bytes) -> list[HotGrant]:
         grants.append(HotGrant(no, high * NANOS + low, effective, expires, features))
         at = end + 1
     return grants
+
+
+def place_in(state: bytes) -> tuple[int, int, int]:
+    """Epoch, sequence and version in a hash's field d."""
+    epoch, sequence, version = _PLACE.unpack_from(state)
+    return int(epoch), int(sequence), int(version)

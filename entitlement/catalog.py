@@ -17,12 +17,22 @@ class Kind(IntEnum):
     STATIC = 3
 
 
+class Durability(IntEnum):
+    """What a grant rests on before it is acknowledged. Numbers as in ledger.proto; ascending."""
+
+    UNSPECIFIED = 0  # as the gateway is set
+    REDIS = 1  # the hot store alone: what its failover loses is lost
+    RECEIPT = 2  # the gateway's own disk as well
+    RECEIPT_REPLICA = 3  # and the memory of a replica
+
+
 class Feature(msgspec.Struct, frozen=True):
     key: str
     kind: Kind = Kind.METERED
     unit: str = ""
     shadow: bool = False  # decide and record, never deny
     value: str = ""
+    durability: Durability = Durability.UNSPECIFIED
 
 
 class RateCard(msgspec.Struct, frozen=True):

@@ -14,6 +14,7 @@ from typing import TypeAlias
 import msgspec
 
 from entitlement import keys
+from entitlement.catalog import Durability
 from entitlement.errors import CorruptRecord
 from entitlement.identity import fingerprint, key_digest
 from entitlement.periods import DAY, HOUR, SECOND
@@ -27,6 +28,7 @@ _REST = Struct("<IbI IbI IbI")  # held, overage, gate: only when one of them is 
 _LINE = Struct("<IHB IbI")  # quantity, amount
 _QUOTA = Struct("<B IHb IHB IH")  # soft (255: no quota), used (below zero after a repair), limit, resets_ms
 _SHADOW, _FULL, _QUOTAS, _NONE = 1, 2, 4, 255
+_LOW = 0xFFFFFFFF
 _DECIDED, _REPLAYED = ord("="), ord("~")
 
 
@@ -126,6 +128,7 @@ class Charge(msgspec.Struct, frozen=True, gc=False):
     until_ms: int
     prices: tuple[Price, ...]
     mode: Mode | None = None  # CHECK_ONLY: nothing is counted, whatever the request says
+    durability: Durability = Durability.RECEIPT  # of the line that asks for most
 
 
 class QuotaState(msgspec.Struct, frozen=True, gc=False):
@@ -290,6 +293,30 @@ def parse_answer(reply: bytes, at: int, credit_type: str, request: Consume, *, r
         quotas,
         replayed,
     )
+
+
+def pack_answer(decision: Decision) -> bytes:
+    """The answer as consume.lua packs it, but for quotas: parse_answer's inverse."""
+    flags = (_SHADOW if decision.shadow else 0) | (_FULL if decision.held or decision.overage or decision.gate else 0)
+    failed = _NONE if decision.failed_line < 0 else decision.failed_line
+    sequence, version = decision.sequence, int(decision.rate_version or 0)
+    answer = _HEAD.pack(
+        *(decision.verdict, decision.reason, failed, flags, decision.epoch),
+        *(sequence & _LOW, sequence >> 32, version, *_packed(decision.available), *_packed(decision.settled)),
+    )
+    if flags & _FULL:
+        answer += _REST.pack(*_packed(decision.held), *_packed(decision.overage), *_packed(decision.gate))
+    answer += bytes((len(decision.charged),))
+    for line in decision.charged:
+        quantity = line.quantity
+        answer += _LINE.pack(quantity & _LOW, quantity >> 32 & 0xFFFF, quantity >> 48, *_packed(line.amount))
+    return answer
+
+
+def _packed(nanos: int) -> tuple[int, int, int]:
+    """An amount as i5 (32 bits and a signed byte) and I4."""
+    high, low = divmod(nanos, NANOS)
+    return high & _LOW, high >> 32, low
 
 
 def _plain(fields: tuple[int, ...], credit_type: str, *, replayed: bool) -> Decision:

@@ -12,6 +12,8 @@ CATALOG = "ent:catalog"  # the encoded snapshot
 CATALOG_GENERATION = "ent:catalog:generation"  # counts up with every published snapshot
 LOADED_CHANNEL = "ent:loaded"  # "<tenant> <customer>" when an account was installed
 DENIED = "ent:denied"  # set: "<tenant> <customer>" of those whose calls were denied for want of credit
+OPEN = "ent:open"  # the ledger's word for this hot store (see entitlement.opening)
+SETTLED = "ent:settled"  # hash: partition -> "opening id", up to which the ledger has all of its journal
 GROUP = "ledger"  # the consumer group on every journal stream
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from entitlement.catalog import Feature, Kind, RateCard, Snapshot
+from entitlement.catalog import Durability, Feature, Kind, RateCard, Snapshot
 from entitlement.decision import Charge, Consume, Mode, Price, Shape, Stale
 from entitlement.rating import FREE, most_specific
 
@@ -19,9 +19,10 @@ NO_PLAN = "-"
 class _Version:
     """One rate card version, compiled: the charge of every shape of usage lines seen so far."""
 
-    __slots__ = ("_card", "_charges", "_features", "_rates", "from_ms", "until_ms")
+    __slots__ = ("_card", "_charges", "_durability", "_features", "_rates", "from_ms", "until_ms")
 
-    def __init__(self, card: RateCard, until_ms: int, snapshot: Snapshot) -> None:
+    def __init__(self, card: RateCard, until_ms: int, snapshot: Snapshot, durability: Durability) -> None:
+        self._durability = durability
         self.from_ms, self.until_ms = card.effective_ms, until_ms
         self._card = card
         self._features = {feature.key: feature for feature in snapshot.features}
@@ -42,6 +43,7 @@ class _Version:
             charge = Charge(
                 *(self._card.id, self._card.version, self.from_ms, self.until_ms, prices),
                 _mode(self._features, shape),
+                _durability(self._features, shape, self._durability),
             )
             self._charges[shape] = charge
         return charge
@@ -62,8 +64,13 @@ class Catalog:
     `clock` gives milliseconds; it is corrected by the store's own time whenever the store says that a price is stale.
     """
 
-    def __init__(self, clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        durability: Durability = Durability.RECEIPT,
+    ) -> None:
         self.generation = -1
+        self._durability = durability  # of features that do not say
         self._clock = clock
         self._offset_ms = 0
         self._versions: dict[str, tuple[_Version, ...]] = {}
@@ -78,7 +85,9 @@ class Catalog:
         cards: dict[str, list[RateCard]] = {}
         for card in sorted(snapshot.rate_cards, key=lambda card: (card.effective_ms, card.version)):
             cards.setdefault(card.id, []).append(card)
-        self._versions = {plan: tuple(_compile(versions, snapshot)) for plan, versions in cards.items()}
+        self._versions = {
+            plan: tuple(_compile(versions, snapshot, self._durability)) for plan, versions in cards.items()
+        }
         self._current = {}
         self._features = {feature.key: feature for feature in snapshot.features}
         self.values = {feature.key: feature.value for feature in snapshot.features if feature.kind is Kind.STATIC}
@@ -137,7 +146,8 @@ class Catalog:
         first = next((version.from_ms for version in self._versions.get(plan, ())), 0)
         prices = tuple(self._without_card(key) for key, _ in shape)
         until_ms = first if at_ms < first else 0
-        return Charge(plan, 0, 0, until_ms, prices, _mode(self._features, shape))
+        durability = _durability(self._features, shape, self._durability)
+        return Charge(plan, 0, 0, until_ms, prices, _mode(self._features, shape), durability)
 
     def _without_card(self, key: str) -> Price:
         feature = self._features.get(key)
@@ -152,12 +162,18 @@ def _mode(features: dict[str, Feature], shape: _Shape) -> Mode | None:
     return Mode.CHECK_ONLY if all(feature and feature.kind is not Kind.METERED for feature in known) else None
 
 
-def _compile(versions: list[RateCard], snapshot: Snapshot) -> list[_Version]:
+def _durability(features: dict[str, Feature], shape: _Shape, unless_said: Durability) -> Durability:
+    """The most that any line asks for."""
+    found = [feature.durability for key, _ in shape if (feature := features.get(key))]
+    return max([durability or unless_said for durability in found], default=unless_said)
+
+
+def _compile(versions: list[RateCard], snapshot: Snapshot, durability: Durability) -> list[_Version]:
     """Versions in force one after the other; of two with the same start the later version counts."""
     starts = [card.effective_ms for card in versions]
     compiled = []
     for index, card in enumerate(versions):
         later = next((start for start in starts[index + 1 :] if start >= card.effective_ms), 0)
         if later != card.effective_ms or index + 1 == len(versions):
-            compiled.append(_Version(card, later, snapshot))
+            compiled.append(_Version(card, later, snapshot, durability))
     return compiled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 
 import structlog
@@ -11,6 +12,8 @@ from entitlement.decision import Limits
 from gateway.admission import Admission
 from gateway.catalog import Catalog
 from gateway.denials import Denials
+from gateway.fence import Fence
+from gateway.receipts import Receipts, tend
 from gateway.settings import Settings
 from gateway.store.connection import Endpoint
 from gateway.store.control import Control
@@ -26,13 +29,18 @@ class Core:
     """What decides, and its servicers. `start` returns when calls can be decided; `stop` may be called twice."""
 
     def __init__(self, settings: Settings) -> None:
+        limits = Limits(remember_ms=settings.remember_ms)
+        self.receipts = Receipts(settings.receipts_base, max_bytes=settings.receipts_max_mib << 20)
         self._store = RedisStore(
             Endpoint.parse(settings.redis_url),
-            limits=Limits(remember_ms=settings.remember_ms),
+            limits=limits,
             partitions=settings.partitions,
             timeout_ms=settings.redis_timeout_ms,
+            receipts=self.receipts,
+            fence=Fence(self.receipts, settings.tenant, limits, settings.partitions),
         )
-        self._catalog = Catalog()
+        self._tending: asyncio.Task[None] | None = None
+        self._catalog = Catalog(durability=settings.unless_said)
         denials = Denials()
         self._control = Control(
             settings.redis_url,
@@ -46,13 +54,18 @@ class Core:
         self.servicers = Servicers(self.admission, self._store, self._control, denials, settings)
 
     async def start(self) -> None:
-        """Raises Unavailable when the hot store cannot be reached."""
+        """Raises Unavailable when the hot store cannot be reached, InvalidArgument when receipts have no place."""
+        self.receipts.check()
         await self._store.start()
+        self._tending = asyncio.create_task(tend(self.receipts, self._store))
         await self._control.start()
-        await self.servicers.start(lambda: self._store.connected)
+        await self.servicers.start(self._serving)
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD)
+
+    def _serving(self) -> bool:
+        return self._store.connected and not self.receipts.problem
 
     async def drain(self) -> None:
         """Health says NOT_SERVING from now on; calls are still decided."""
@@ -61,7 +74,11 @@ class Core:
     async def stop(self) -> None:
         await self.servicers.stop()
         await self._control.stop()
+        if self._tending is not None:
+            self._tending.cancel()
+            await asyncio.gather(self._tending, return_exceptions=True)
         await self._store.stop()
+        await self.receipts.stop()
 
     def _swap(self, snapshot: Snapshot) -> None:
         self._catalog.swap(snapshot)

@@ -9,12 +9,18 @@ from pathlib import Path
 
 import msgspec
 
+from entitlement.catalog import Durability
 from entitlement.errors import InvalidArgument
 from entitlement.identity import check_id
 from entitlement.quantity import parse_integer, within
 from gateway.store.connection import Endpoint
 
 PREFIX = "ENTITLEMENT_GATEWAY_"
+DURABILITIES = {
+    "redis": Durability.REDIS,
+    "receipt": Durability.RECEIPT,
+    "receipt+replica": Durability.RECEIPT_REPLICA,
+}
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,6 +39,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     redis_timeout_ms: int = 250  # 1..60000: no answer within it is UNAVAILABLE
     load_timeout_ms: int = 1_000  # 1..60000: how long a call waits for its account to be loaded
     remember_ms: int = 3_600_000  # 60000..86400000: how long a key's first answer is kept in the hot store
+    durability: str = "receipt"  # redis, receipt+replica: what a grant rests on when its feature does not say
+    receipts_dir: str = ""  # where gateways of this machine keep receipts; empty: <state home>/entitlement-gateway
+    receipts_max_mib: int = 1_024  # 16..1048576: receipts that are not settled; beyond it nothing is granted
     max_in_flight: int = 4_096  # 1..1000000 decisions; beyond it RESOURCE_EXHAUSTED
     max_message_bytes: int = 4_194_304  # 1024..67108864
     drain_ms: int = 5_000  # 0..600000: how long calls in flight may finish after SIGTERM
@@ -43,6 +52,18 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         shown = {name: getattr(self, name) for name in self.__struct_fields__ if name != "redis_url"}
         rest = ", ".join(f"{name}={value!r}" for name, value in shown.items())
         return f"Settings(redis_url='***@{_location(self.redis_url)}', {rest})"
+
+    @property
+    def receipts_base(self) -> Path:
+        """The folder of all receipts; each gateway takes one of its own in it."""
+        if self.receipts_dir:
+            return Path(self.receipts_dir)
+        home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        return Path(home) / "entitlement-gateway" / "receipts"
+
+    @property
+    def unless_said(self) -> Durability:
+        return DURABILITIES[self.durability]
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -93,6 +114,9 @@ def _checked(settings: Settings) -> Settings:
     within("max_in_flight", settings.max_in_flight, 1, 1_000_000)
     within("max_message_bytes", settings.max_message_bytes, 1_024, 67_108_864)
     within("drain_ms", settings.drain_ms, 0, 600_000)
+    within("receipts_max_mib", settings.receipts_max_mib, 16, 1_048_576)
+    if settings.durability not in DURABILITIES:
+        raise InvalidArgument("durability", f"{settings.durability!r} is not one of {', '.join(DURABILITIES)}")
     if settings.log_level not in ("debug", "info", "warning", "error"):
         raise InvalidArgument("log_level", f"{settings.log_level!r} is not one of debug, info, warning, error")
     if settings.transport not in ("auto", "envoy", "grpcio"):

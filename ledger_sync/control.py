@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -11,6 +12,7 @@ from entitlement.decision import Limits
 from entitlement.errors import Unavailable
 from ledger_sync.allotments import Allotments
 from ledger_sync.backfill import Backfills
+from ledger_sync.beat import Beat
 from ledger_sync.catalog_publisher import CatalogPublisher
 from ledger_sync.catalogs import CatalogStore
 from ledger_sync.contract_store import ContractStore
@@ -22,6 +24,7 @@ from ledger_sync.grants import GrantStore
 from ledger_sync.hot_store import HotStore
 from ledger_sync.install import Installer, Settled
 from ledger_sync.invoices import InvoiceStore
+from ledger_sync.opener import Opener
 from ledger_sync.page_turns import PageTurner
 from ledger_sync.patrol import Patrol
 from ledger_sync.pusher import Pusher
@@ -55,6 +58,7 @@ class ControlPlane:
         self.tenant = tenant
         self.hot = hot
         self.installer = Installer(ledger, hot, settled)
+        self.opener = Opener(ledger, hot, settled, self.installer)
         self.pusher = Pusher(ledger, hot, self.installer)
         self.catalogs = CatalogStore(ledger, tenant)
         self.publisher = CatalogPublisher(self.catalogs, hot)
@@ -72,6 +76,20 @@ class ControlPlane:
         self.reconciler = Reconciler(ledger, hot, self.pusher, tenant)
         self.patrol: Patrol | None = None  # whoever runs it sets it before
         self.sweeper = Sweeper(ledger, self._chores())
+        self._beat = Beat()
+
+    @property
+    def beats(self) -> Mapping[str, Beat]:
+        parts = {
+            "": self._beat,
+            "opener": self.opener.beat,
+            "requests": self.installer.listening,
+            "installer": self.installer.working,
+            "pusher": self.pusher.beat,
+            "publisher": self.publisher.beat,
+            "sweeper": self.sweeper.beat,
+        }
+        return parts | ({"patrol": self.patrol.beat} if self.patrol else {})
 
     def _chores(self) -> dict[str, Chore]:
         """What becomes due by the clock, in the order in which it is tended."""
@@ -89,12 +107,13 @@ class ControlPlane:
         """Installs, pushes and publishes until it is cancelled: the one of a deployment that does, by lease. Raises
         when the ledger is away. Calls are answered without it, by whoever is asked.
         """
-        async with self._ledger.lease(LEASE) as lease, asyncio.TaskGroup() as group:
-            for loop in (self.installer, self.pusher, self.publisher, self.sweeper):
-                group.create_task(loop.run())
-            if self.patrol:
-                group.create_task(self.patrol.run())
-            group.create_task(_watch(lease))
+        with self._beat:
+            async with self._ledger.lease(LEASE, self._beat) as lease, asyncio.TaskGroup() as group:
+                for loop in (self.opener, self.installer, self.pusher, self.publisher, self.sweeper):
+                    group.create_task(loop.run())
+                if self.patrol:
+                    group.create_task(self.patrol.run())
+                group.create_task(_watch(lease, self._beat))
 
     async def catalog_changed(self) -> None:
         """Brings a committed change to the gateways now; without a hot store it comes when that is back."""
@@ -112,8 +131,9 @@ class ControlPlane:
             log.warning("a changed customer waits for the hot store", error=str(error))
 
 
-async def _watch(lease: Lease) -> None:
+async def _watch(lease: Lease, beat: Beat) -> None:
     """Ends the loops when the lease is lost: another may have it now."""
     while True:
+        beat()
         lease.check()
         await asyncio.sleep(CHECK_S)

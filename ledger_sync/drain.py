@@ -7,7 +7,7 @@ next start, and what had been committed is recognised.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from time import monotonic, time
 from typing import TYPE_CHECKING, Final
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from entitlement import keys
+from ledger_sync.beat import Beat
+from ledger_sync.fence import Stale
 from ledger_sync.journal_reader import Entries, JournalReader, Lag, arrivals, parse_id
 from ledger_sync.ledger import LedgerRefused
 from ledger_sync.posting import Posted, Reason, Rejected, read
@@ -68,11 +70,13 @@ class Lane:
         on_commit: Callable[[Outcome], None],
     ) -> None:
         self.reader = reader
+        self.beat = Beat()
         self._ledger = ledger
         self._size = size
         self._linger_s = linger_ms / 1000
         self._figures = figures
         self._on_commit = on_commit
+        self._opening = 0  # of the hot store that is read
         self._in_hand = False
         self._asked = asyncio.Event()  # someone waits: do not linger
         self._done = asyncio.Event()  # of the batch in hand
@@ -80,18 +84,24 @@ class Lane:
     async def run(self, lease: Lease) -> None:
         """Until it is cancelled: then the batch in hand is finished, and what was read beyond it is left to others."""
         try:
-            await self._run(lease)
+            with self.beat:
+                await self._run(lease)
         finally:
             self._in_hand = False
             self._done.set()
 
     async def _run(self, lease: Lease) -> None:
-        await self.reader.join()
+        opening = await self._ledger.opening()
+        self._opening = opening.number
+        await self.reader.join(opening)
         async for entries in self.reader.pending():
+            self.beat()
             batch = Batch()
             batch.add(entries)
             await uninterrupted(self._settle(batch))
+        await self.reader.tell_settled(self._opening)
         while True:
+            self.beat()
             lease.check()
             await uninterrupted(self._turn(lease))
 
@@ -130,12 +140,13 @@ class Lane:
             oldest_ms = min([posted.record.recorded_ms for posted in batch.posted])
             self._figures.age.observe(max(0.0, time() - oldest_ms / 1000))
         self._figures.batch.observe(monotonic() - started)
-        await self.reader.acknowledge(batch.ids)
+        await self.reader.acknowledge(batch.ids, self._opening)
 
     async def _book(self, records: Sequence[Posted]) -> None:
         """Books what the database takes, by halves if need be; what it refuses is passed over, with its reason."""
+        self.beat()
         try:
-            outcome = await self._ledger.post(records)
+            outcome = await self._ledger.post(records, opening=self._opening)
         except LedgerRefused as refused:
             if len(records) > 1:
                 middle = len(records) // 2
@@ -148,7 +159,7 @@ class Lane:
 
     async def _pass_over(self, record: Posted, why: str) -> None:
         try:
-            outcome = await self._ledger.post([record], refused=why)
+            outcome = await self._ledger.post([record], refused=why, opening=self._opening)
         except LedgerRefused:  # Not even its account's position can move: the next record will show the gap.
             rejected = [Rejected(record.arrival, Reason.REFUSED, why)]
             await self._ledger.quarantine(rejected)
@@ -218,6 +229,13 @@ class Drain:
         self._lanes = [Lane(ledger, reader, batch, linger_ms, figures, on_commit) for reader in readers]
         self._lane_of = {partition: lane for lane in self._lanes for partition in lane.reader.partitions}
         self._serving: dict[int, asyncio.Task[None]] = {}
+        self._beat = Beat()
+        self._lag_beat = Beat()
+
+    @property
+    def beats(self) -> Mapping[str, Beat]:
+        lanes = {f"lane{number}": lane.beat for number, lane in enumerate(self._lanes)}
+        return {"": self._beat, "lag": self._lag_beat, **lanes}
 
     @property
     def serving(self) -> tuple[int, ...]:
@@ -227,13 +245,23 @@ class Drain:
     async def run(self) -> None:
         """Until it is cancelled: then the batch in hand is finished and acknowledged. Raises when a store is away."""
         try:
-            async with self._ledger.presence(LEASE) as presence, asyncio.TaskGroup() as group:
-                group.create_task(self._watch_lag())
-                while True:
-                    await self._share(presence, group)
-                    await asyncio.sleep(SHARE_EVERY_S)
+            with self._beat:
+                await self._run()
         finally:
             self._serving = {}
+            self._figures.lanes.set(0)
+
+    async def _run(self) -> None:
+        async with self._ledger.presence(LEASE) as presence, asyncio.TaskGroup() as group:
+            group.create_task(self._watch_lag())
+            opening = (await self._ledger.opening()).number
+            while True:
+                self._beat()
+                await self._share(presence, group)
+                if (now := (await self._ledger.opening()).number) != opening:
+                    raise Stale(f"opening {opening} of the hot store is over: {now} has begun")
+                self._figures.lanes.set(len(self._serving))
+                await asyncio.sleep(SHARE_EVERY_S)
 
     async def _share(self, presence: Presence, group: asyncio.TaskGroup) -> None:
         """Gives up the lanes beyond a fair share, takes free ones up to it."""
@@ -273,6 +301,8 @@ class Drain:
         return Lag(sum(lag.records for lag in lags), min([lag.oldest_ms for lag in lags if lag.records], default=0))
 
     async def _watch_lag(self) -> None:
-        while True:
-            self._figures.lag.set((await self.lag()).records)
-            await asyncio.sleep(LAG_EVERY_S)
+        with self._lag_beat:
+            while True:
+                self._lag_beat()
+                self._figures.lag.set((await self.lag()).records)
+                await asyncio.sleep(LAG_EVERY_S)

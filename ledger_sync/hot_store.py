@@ -19,18 +19,21 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from entitlement import keys, lua
-from entitlement.account import MISSING, Account
+from entitlement.account import FROZEN, MISSING, Account, place_in
 from entitlement.catalog import Catalogs
 from entitlement.decision import Charge, Consume, Limits, consume_arguments, consume_keys
 from entitlement.errors import Unavailable
 from entitlement.identity import is_id
+from entitlement.opening import Opening, Server, server_of
 from ledger_sync import hot_deltas
 from ledger_sync import lua as own
+from ledger_sync.drift import Place
 
 CHUNK: Final = 500  # commands in one pipeline
 REQUESTS: Final = 1_000  # install requests taken from one list at once
 TIMEOUT_S: Final = 5.0
 CONNECTIONS: Final = 32
+_MARKS: Final = (MISSING.encode(), FROZEN.encode())  # of an account that is not there
 
 Value = str | bytes | int
 Name = tuple[str, str]  # tenant, customer
@@ -78,6 +81,49 @@ class HotStore:
         async with _translated():
             seconds, micros = await self._client.time()
         return int(seconds) * 1000 + int(micros) // 1000
+
+    async def server(self) -> Server:
+        """Which Redis this is."""
+        async with _translated():
+            return server_of(await self._client.info("server") | await self._client.info("replication"))
+
+    async def opening(self) -> Opening | None:
+        """What this hot store says of how it was opened; a copy says what its original said."""
+        async with _translated():
+            found = await self._client.get(keys.OPEN)
+        return Opening.parse(_bytes(found)) if found is not None else None
+
+    async def open(self, opening: Opening) -> None:
+        """Lets gateways decide on this hot store, if it is the one that is named."""
+        async with _translated():
+            await self._client.set(keys.OPEN, opening.encode())
+
+    async def places(self, names: Sequence[Name]) -> list[Place | None]:
+        """Where each account stands; None: not loaded."""
+        found: list[Place | None] = []
+        async with _translated():
+            for first in range(0, len(names), CHUNK):
+                async with self._client.pipeline(transaction=False) as pipeline:
+                    for name in names[first : first + CHUNK]:
+                        pipeline.hget(self._account(name), "d")
+                    found += [Place(*place_in(state)) if state else None for state in await pipeline.execute()]
+        return found
+
+    async def freeze(self, names: Iterable[Name], for_ms: int) -> None:
+        """Takes accounts out; they answer ACCOUNT_FROZEN until they are installed, or the time is up."""
+        await self._run(own.script("freeze"), [Call((self._account(name),), (for_ms,)) for name in names])
+
+    async def remember(self, answers: Iterable[tuple[Name, bytes, bytes]], for_ms: int) -> None:
+        """Keeps answers (whose, digest of the key, fingerprint and answer) as if they had just been given, unless the
+        hot store has them.
+        """
+        wanted = list(answers)
+        async with _translated():
+            for first in range(0, len(wanted), CHUNK):
+                async with self._client.pipeline(transaction=False) as pipeline:
+                    for name, digest, value in wanted[first : first + CHUNK]:
+                        pipeline.set(keys.idempotency(self.partition(name), digest), value, px=for_ms, nx=True)
+                    await pipeline.execute()
 
     async def apply(self, deltas: Iterable[tuple[Name, hot_deltas.Delta]]) -> list[str]:
         """Runs apply_delta.lua for each, in the order given; what the script returned, as text."""
@@ -150,12 +196,13 @@ class HotStore:
             return await pipeline.execute(raise_on_error=False)
 
     async def live(self, names: Sequence[Name]) -> list[bool]:
-        """Whether each account is in the hot store (a mark that it is missing does not count)."""
-        return [config not in (None, MISSING.encode()) for config in await self._configs(names)]
+        """Whether each account is in the hot store (a mark in its place does not count)."""
+        return [config not in (None, *_MARKS) for config in await self._configs(names)]
 
     async def absent(self, names: Sequence[Name]) -> list[Name]:
         """Those that are neither in the hot store nor marked as missing."""
-        return [name for name, config in zip(names, await self._configs(names), strict=True) if config is None]
+        configs = await self._configs(names)
+        return [name for name, config in zip(names, configs, strict=True) if config in (None, FROZEN.encode())]
 
     async def _configs(self, names: Sequence[Name]) -> list[bytes | None]:
         found: list[bytes | None] = []

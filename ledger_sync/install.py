@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from entitlement.account import Account
+from entitlement.decision import Limits
 from entitlement.errors import EntitlementError, Unavailable
+from ledger_sync.beat import Beat
 from ledger_sync.hot_store import HotStore, Name
 from ledger_sync.install_state import prepare
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 BATCH: Final = 256  # accounts in one transaction
 MAX_WANTED: Final = 100_000  # requests that wait here; more stay in the hot store's lists
 MISSING_MS: Final = 5_000  # how long the hot store remembers that the ledger has no such account
+FROZEN_MS: Final = 5_000  # how long an account that is built anew answers so, when nobody does it
 UNTIL_MS: Final = 5_000  # how long an install may be under way
 POLL_S: Final = 1.0
 SETTLED_S: Final = 30.0  # how long an account may wait for its journal to be settled, before it is tried again
@@ -51,20 +54,25 @@ async def ensure(hot: HotStore, names: Sequence[Name]) -> None:
 
 async def rebuild(hot: HotStore, name: Name) -> None:
     """Takes a live account out of the hot store and has it installed anew, as the ledger has it once all is settled."""
-    await hot.drop(name)
+    await hot.freeze([name], FROZEN_MS)
     await ensure(hot, [name])
 
 
 class Installer:
     """The one active installer of a deployment: `run` it under a lease. `settled` comes from the journal's reader."""
 
-    def __init__(self, ledger: Ledger, hot: HotStore, settled: Settled) -> None:
+    def __init__(
+        self, ledger: Ledger, hot: HotStore, settled: Settled, remember_ms: int = Limits().remember_ms
+    ) -> None:
+        self._remember_ms = remember_ms
         self._ledger = ledger
         self._hot = hot
         self._settled = settled
         self._wanted: dict[Name, None] = {}  # in the order they came
         self._busy: set[Name] = set()
         self._asked = asyncio.Event()
+        self.listening = Beat()
+        self.working = Beat()
         self._group: asyncio.TaskGroup | None = None  # while it runs
 
     def request(self, names: Iterable[Name]) -> None:
@@ -84,7 +92,12 @@ class Installer:
             self._group.create_task(self._work(self._group))
 
     async def _listen(self) -> None:
+        with self.listening:
+            await self._listen_on()
+
+    async def _listen_on(self) -> None:
         while True:
+            self.listening()
             try:
                 if len(self._wanted) < MAX_WANTED:
                     self.request(await self._hot.requests(POLL_S))
@@ -95,10 +108,15 @@ class Installer:
                 await asyncio.sleep(POLL_S)
 
     async def _work(self, group: asyncio.TaskGroup) -> None:
+        with self.working:
+            await self._work_on(group)
+
+    async def _work_on(self, group: asyncio.TaskGroup) -> None:
         while True:
-            await self._asked.wait()
+            await self.working.wait(self._asked)
             self._asked.clear()
             while batch := self._take():
+                self.working()
                 unsettled = await self._attempt(batch, settled=False)
                 partitions: dict[int, list[Name]] = defaultdict(list)
                 for name in unsettled:
@@ -155,6 +173,8 @@ class Installer:
             prepared = await prepare(connection, absent, now_ms, settled=settled)
         # The epochs have moved on: from here to the end it is done, or done again after the deadline.
         try:
+            # Before the account: a key that is known is never charged again, whatever becomes of this install.
+            await self._hot.remember(prepared.answers, self._remember_ms)
             results = await self._hot.install(prepared.ready, now_ms + UNTIL_MS)
         except Unavailable as error:
             self._later(names, UNTIL_MS / 1000, error)

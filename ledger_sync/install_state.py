@@ -10,7 +10,7 @@ import msgspec
 
 from entitlement.account import Account, Config
 from entitlement.periods import DAY, period
-from ledger_sync import changes, hot_deltas
+from ledger_sync import changes, hot_deltas, remembered
 from ledger_sync.accounts import Corrections, Credit, Ledgered, Name, assemble
 from ledger_sync.changes import Entry, Transaction
 from ledger_sync.contracts import quotas_of
@@ -31,6 +31,7 @@ class Prepared(msgspec.Struct, frozen=True):
     ready: list[tuple[Name, Account]]
     unsettled: list[Name]
     missing: list[Name]
+    answers: list[tuple[Name, bytes, bytes]] = []  # to keys settled lately: whose, digest, fingerprint and answer
 
 
 async def prepare(connection: Connection, names: Sequence[Name], now_ms: int, *, settled: bool) -> Prepared:
@@ -50,7 +51,9 @@ async def prepare(connection: Connection, names: Sequence[Name], now_ms: int, *,
     for name, (account, corrections) in built.items():
         await _book(connection, name, account, corrections, broken[name])
     await _advance(connection, {name: account for name, (account, _) in built.items()})
-    return Prepared([(name, account) for name, (account, _) in built.items()], unsettled, missing)
+    ready = [(name, account) for name, (account, _) in built.items()]
+    before = {name: account for name, account in ready if chosen[name].was_hot}
+    return Prepared(ready, unsettled, missing, await remembered.answers(connection, before, now_ms))
 
 
 _NAMES: Final = "(SELECT * FROM unnest($1::text[], $2::text[]))"

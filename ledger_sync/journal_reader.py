@@ -21,6 +21,7 @@ from redis.exceptions import RedisError, ResponseError
 from entitlement import keys
 from entitlement.errors import Unavailable
 from entitlement.journal import FIELD
+from entitlement.opening import Opening, server_of
 from ledger_sync.posting import Arrival
 
 TIMEOUT_S: Final = 10.0  # of one exchange; longer than any read blocks
@@ -31,6 +32,7 @@ ACKNOWLEDGE: Final = 1_000  # ids in one command
 
 Entries = dict[str, list[tuple[bytes, bytes | None]]]  # by stream: id and record, None for one that was trimmed
 StreamId = tuple[int, int]
+Value = bytes | bytearray | memoryview | str | int | float  # as the client library takes it
 _Reply = list[tuple[bytes, list[tuple[bytes, list[bytes] | None]]]]
 
 
@@ -50,6 +52,7 @@ class JournalReader:
             self._client.set_response_callback(command, _as_it_comes)
         self.partitions = tuple(partitions)
         self._streams = [keys.journal(partition) for partition in partitions]
+        self._partition_of = dict(zip(self._streams, partitions, strict=True))
         self._consumer = consumer
         self._count = max(1, FETCH // len(self._streams))
 
@@ -70,12 +73,16 @@ class JournalReader:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def join(self) -> None:
+    async def join(self, opening: Opening | None = None) -> None:
         """Makes streams and groups that do not exist, from the beginning, and takes over what other members left.
 
-        The caller holds the lease: no other member is at work.
+        The caller holds the lease: no other member is at work. Unavailable: the hot store is not that of `opening`.
         """
         async with _translated():
+            if opening is not None and opening.number:
+                found = server_of(await self._client.info("server") | await self._client.info("replication"))
+                if found.identity.run_id != opening.identity.run_id:
+                    raise Unavailable("hot store: it is not the one that has been opened")
             async with self._client.pipeline(transaction=False) as pipeline:
                 for stream in self._streams:
                     pipeline.xgroup_create(stream, keys.GROUP, id="0", mkstream=True)
@@ -141,16 +148,33 @@ class JournalReader:
         """The answer is not looked at by the client library: this is the hot path."""
         return await self._client.execute_command(*words)  # type: ignore[no-untyped-call]
 
-    async def acknowledge(self, settled: Mapping[str, Sequence[bytes]]) -> None:
-        """Everything up to these entries is committed: acknowledges them and trims their streams.
+    async def acknowledge(self, settled: Mapping[str, Sequence[bytes]], opening: int = 0) -> None:
+        """Everything up to these entries is committed: acknowledges them, says so to the gateways, which drop their
+        receipts then, and trims the streams.
 
         A trim goes by whole blocks of the stream and leaves the last entry, so it is bounded by what was acknowledged.
         """
         async with _translated():
-            await self._acknowledge(settled)
+            await self._acknowledge(settled, opening)
 
-    async def _acknowledge(self, settled: Mapping[str, Sequence[bytes]]) -> None:
+    async def tell_settled(self, opening: int) -> None:
+        """Says to the gateways how far each stream is settled. Nothing that was read may be unsettled."""
+        positions = await self._positions(self._streams)
+        reached: dict[Value, Value] = {
+            partition: f"{opening} {position.delivered[0]}-{position.delivered[1]}"
+            for partition, position in zip(self.partitions, positions, strict=True)
+            if position is not None and position.pending is None
+        }
+        if reached:
+            async with _translated():
+                await self._client.hset(keys.SETTLED, mapping=reached)
+
+    async def _acknowledge(self, settled: Mapping[str, Sequence[bytes]], opening: int) -> None:
+        reached: dict[Value, Value] = {
+            self._partition_of[stream]: b"%d %b" % (opening, ids[-1]) for stream, ids in settled.items()
+        }
         async with self._client.pipeline(transaction=False) as pipeline:
+            pipeline.hset(keys.SETTLED, mapping=reached)
             for stream, ids in settled.items():
                 for first in range(0, len(ids), ACKNOWLEDGE):
                     pipeline.xack(stream, keys.GROUP, *ids[first : first + ACKNOWLEDGE])

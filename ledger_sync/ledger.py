@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final, Literal, Self, TypeVar
 import asyncpg
 
 from entitlement.errors import EntitlementError
-from ledger_sync import migrations, quarantine
+from entitlement.opening import Opening
+from ledger_sync import fence, migrations, quarantine
 from ledger_sync.bookkeeping import Bookkeeper
 from ledger_sync.lease import IDLE_S, Held
 from ledger_sync.posting import Posted, Rejected
@@ -167,14 +168,22 @@ class Ledger:
             ):
                 yield connection
 
-    async def post(self, batch: Sequence[Posted], refused: str = "") -> Outcome:
+    async def opening(self) -> Opening:
+        """Which hot store is in force, and by which number records are to be settled."""
+        async with self.transaction(readonly=True) as connection:
+            return (await fence.read(connection)).opening
+
+    async def post(self, batch: Sequence[Posted], refused: str = "", opening: int | None = None) -> Outcome:
         """Books a batch of journal records in one transaction: all that is new in it, once, or nothing.
 
         Records that the ledger has already are recognised: a batch may come again, whole or in part. LedgerRefused: the
         database does not take something in it; which, is found by halving. `refused`: why the database does not take
-        these records: they are quarantined, and their accounts' positions move past them.
+        these records: they are quarantined, and their accounts' positions move past them. Stale: `opening`, under which
+        they were read, is over.
         """
         async with self.transaction() as connection:
+            if opening is not None:
+                await fence.hold(connection, opening)
             return await self._bookkeeper.book(connection, batch, refused)
 
     async def quarantine(self, rejected: Sequence[Rejected]) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import shutil
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -27,6 +29,7 @@ from gateway.process import Process
 from gateway.settings import Settings
 from gateway.store.redis_store import RedisStore
 from tests.hot_stores import CUSTOMER, IMAGES, PLAN, TENANT, TOKENS, RedisBench
+from tests.openings import vouch
 
 if TYPE_CHECKING:
     from entitlement.v1.gateway_pb2_grpc import EntitlementGatewayAsyncStub
@@ -126,18 +129,23 @@ def timestamp(ms: int) -> Timestamp:
 @asynccontextmanager
 async def rig(url: str, **changed: object) -> AsyncIterator[Rig]:
     """A gateway on `url`, whose catalogue is published before it starts."""
+    receipts = tempfile.mkdtemp(prefix="receipts-")
     settings = Settings(redis_url=url, listen="127.0.0.1:0", tenant=TENANT, redis_timeout_ms=5_000, drain_ms=1_000)
+    settings = msgspec.structs.replace(settings, receipts_dir=receipts)
     process, thresholds = Process(msgspec.structs.replace(settings, **changed)), gc.get_threshold()
     with redis.Redis.from_url(url) as client:
         if client.get(keys.CATALOG_GENERATION) is None:
             publish(client, card(1))
+        vouch(client)
         try:
             await process.start()
             store = process._core._store
             assert isinstance(store, RedisStore)
+            await store._up.wait()
             async with grpc.aio.insecure_channel(process.addresses[0], options=CHANNEL) as channel:
                 yield Rig(process, channel, RedisBench(url, store, client))
         finally:
             await process.stop()
             gc.set_threshold(*thresholds)
             gc.unfreeze()
+            shutil.rmtree(receipts, ignore_errors=True)

@@ -140,6 +140,41 @@ local function write_subject(s)
   return table.concat({text(s.h, s.l), s.recurrence, s.anchor, text(s.uh, s.ul), integer(s.from), integer(s.to)}, ' ')
 end
 
+-- q:<feature>: 'limit soft recurrence anchor used window_start window_end', in units. A window that is over starts anew.
+local function read_quota(text, now)
+  local quota = {}
+  quota.limit, quota.soft, quota.recurrence, quota.anchor, quota.used, quota.from, quota.to =
+    string.match(text, '^(%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+)$')
+  quota.limit, quota.used = tonumber(quota.limit), tonumber(quota.used)
+  quota.from, quota.to = tonumber(quota.from), tonumber(quota.to)
+  if quota.recurrence ~= '1' and now >= quota.to then
+    quota.from, quota.to = period(tonumber(quota.recurrence), tonumber(quota.anchor), now)
+    quota.used = 0
+  end
+  return quota
+end
+
+local function write_quota(q)
+  return table.concat({integer(q.limit), q.soft, q.recurrence, q.anchor, integer(q.used), integer(q.from), integer(q.to)}, ' ')
+end
+
+-- Takes an amount from the grants in their order. Returns the burns as journaled, how many they are, and what the grants
+-- did not cover.
+local function burn(grants, feature, at, need_h, need_l)
+  local parts, count = '', 0
+  for _, g in ipairs(grants) do
+    if need_h < 0 or (need_h == 0 and need_l == 0) then break end
+    if (g.h > 0 or g.l > 0) and active(g, at) and covers(g, feature) then
+      local take_h, take_l = need_h, need_l
+      if less(g.h, g.l, need_h, need_l) then take_h, take_l = g.h, g.l end
+      g.h, g.l = sub(g.h, g.l, take_h, take_l)
+      need_h, need_l = sub(need_h, need_l, take_h, take_l)
+      parts, count = parts .. struct.pack('<ddd', g.no, take_h, take_l), count + 1
+    end
+  end
+  return parts, count, need_h, need_l
+end
+
 -- One record a change, in the account's gap-free sequence. Layout: see entitlement/journal.py.
 local function journal(key, kind, who, a, now, crossings, body)
   redis.call('XADD', key, '*', 'r',

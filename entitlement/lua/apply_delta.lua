@@ -15,7 +15,7 @@
 --       10 every subject's limit that shall exist: 'subject limit recurrence anchor used-adjustment;'   signed nanos
 -- Returns '!NOT_LOADED', '!GAP have' (not the next version; have = the live one), or '=' sequence.
 local fields = redis.call('HMGET', KEYS[1], 'c', 'd', 'g')
-if not fields[1] or fields[1] == 'missing' then return '!NOT_LOADED' end
+if not fields[1] or fields[1] == 'missing' or fields[1] == 'frozen' then return '!NOT_LOADED' end
 local old, a = read_terms(read_config(fields[1])), read_terms(read_config(ARGV[2]))
 read_state(a, fields[2])
 if tonumber(ARGV[1]) ~= a.version + 1 then return '!GAP ' .. integer(a.version) end

@@ -37,7 +37,10 @@ local subject = ARGV[QUANTITIES + n + 1]
 if subject then names[2 * n + 4] = 's:' .. subject end
 local fields = redis.call('HMGET', KEYS[1], unpack(names))
 if not fields[1] then return '!NOT_LOADED' end
-if fields[1] == 'missing' then return '=\0' .. struct.pack('<BBBBI4I6I4i5I4i5I4B', 3, 1, NONE, 0, 0, 0, 0, 0, 0, 0, 0, 0) end
+if fields[1] == 'missing' or fields[1] == 'frozen' then
+  local reason = fields[1] == 'missing' and 1 or 15
+  return '=\0' .. struct.pack('<BBBBI4I6I4i5I4i5I4B', 3, reason, NONE, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+end
 
 local a = read_config(fields[1])
 local clock = redis.call('TIME')
@@ -73,15 +76,7 @@ for i = 1, n do
   local feature, q = ARGV[ARGS + 4 * i - 3], fields[2 * i + 3]
   meters[ARGV[ARGS + 4 * i - 2]] = tonumber(fields[2 * i + 2] or 0)
   if q and not quotas[feature] then
-    local quota = {}
-    quota.limit, quota.soft, quota.recurrence, quota.anchor, quota.used, quota.from, quota.to =
-      string.match(q, '^(%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+)$')
-    for _, name in ipairs({'limit', 'used', 'from', 'to'}) do quota[name] = tonumber(quota[name]) end
-    if quota.recurrence ~= '1' and now >= quota.to then
-      quota.from, quota.to = period(tonumber(quota.recurrence), tonumber(quota.anchor), now)
-      quota.used = 0
-    end
-    quotas[feature], limited = quota, true
+    quotas[feature], limited = read_quota(q, now), true
   end
 end
 
@@ -141,17 +136,7 @@ for i = 1, n do
 
   -- Burn the grants in their order; what they do not cover is overage (grant number 0). So is what comes back where a
   -- VOLUME tier has made earlier units cheaper: it lowers the overage, or stands below zero and is credit.
-  local parts, count, need_h, need_l = '', 0, h, l
-  for _, g in ipairs(grants) do
-    if need_h < 0 or (need_h == 0 and need_l == 0) then break end
-    if (g.h > 0 or g.l > 0) and active(g, at) and covers(g, feature) then
-      local take_h, take_l = need_h, need_l
-      if less(g.h, g.l, need_h, need_l) then take_h, take_l = g.h, g.l end
-      g.h, g.l = sub(g.h, g.l, take_h, take_l)
-      need_h, need_l = sub(need_h, need_l, take_h, take_l)
-      parts, count = parts .. struct.pack('<ddd', g.no, take_h, take_l), count + 1
-    end
-  end
+  local parts, count, need_h, need_l = burn(grants, feature, at, h, l)
   if need_h ~= 0 or need_l ~= 0 then
     back = back or need_h < 0
     over_h, over_l = add(over_h, over_l, need_h, need_l)
@@ -208,7 +193,7 @@ for meter, units in pairs(meters) do
 end
 for feature, q in pairs(quotas) do
   writes[#writes + 1] = 'q:' .. feature
-  writes[#writes + 1] = table.concat({integer(q.limit), q.soft, q.recurrence, q.anchor, integer(q.used), integer(q.from), integer(q.to)}, ' ')
+  writes[#writes + 1] = write_quota(q)
 end
 if own_h then
   own.uh, own.ul = sub(own.h, own.l, own_h, own_l)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
@@ -17,10 +17,13 @@ import hiredis
 import msgspec
 
 from entitlement.errors import InvalidArgument, Unavailable
+from entitlement.receipt import is_due
 
 Reply = bytes | int | list["Reply"] | None
 Argument = str | bytes | int
-_Slot = asyncio.Future[Any]
+_Future = asyncio.Future[Any]
+_Slot = tuple[_Future, int, Any]  # how many answers make its list, 0: one answer; drafts of receipts: bytes, or a list
+Sink = Callable[[list[bytes], list[tuple[_Future, object]]], None]
 SILENCE_TIMEOUTS = 10
 
 
@@ -79,47 +82,55 @@ def _no_endpoint(field: str) -> InvalidArgument:
 class Connection(asyncio.Protocol):
     """A live connection. `call` is the only way in; after `lost` every call raises Unavailable at once."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, timeout_ms: int) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, timeout_ms: int, sink: Sink | None = None) -> None:
         self.lost: asyncio.Future[None] = loop.create_future()
         self._loop = loop
         self._timeout = timeout_ms / 1000
         self._reader = hiredis.Reader(replyError=StoreError, protocolError=Unavailable)
-        self._waiting: deque[tuple[_Slot, int]] = deque()  # in the order of their answers; 0: one answer, else a list
+        self._sink = (
+            sink  # takes what is granted: receipts, and futures with what they are to be told once it is durable
+        )
+        self._waiting: deque[_Slot] = deque()  # in the order of their answers
         self._gathered: list[Reply | StoreError] = []  # answers so far of the first in `_waiting`, when it wants a list
         self._turn: list[bytes] = []  # commands of this loop turn, not yet written
-        self._turn_slots: list[tuple[_Slot, int]] = []
-        self._deadlines: deque[tuple[float, list[tuple[_Slot, int]]]] = deque()
+        self._turn_slots: list[_Slot] = []
+        self._deadlines: deque[tuple[float, list[_Slot]]] = deque()
         self._watch: asyncio.TimerHandle | None = None
         self._transport: asyncio.WriteTransport | None = None
         self._heard = 0.0  # when the server last said something, or was first asked after a rest
         self._blocked = False
 
-    def call(self, command: bytes) -> asyncio.Future[Reply]:
-        """Sends a packed command with its neighbours of this loop turn; the future is its answer.
+    def call(self, command: bytes, draft: bytes = b"") -> asyncio.Future[Reply]:
+        """Sends a packed command with its neighbours of this loop turn; the future is its answer. With the draft of a
+        receipt, an answer that grants is held back until the sink has made its receipt durable.
 
         Raises (through the future) StoreError for an error answer and Unavailable when the deadline passes or the
         connection is lost: then the outcome is unknown.
         """
         future: asyncio.Future[Reply] = self._loop.create_future()
-        self._queue(future, command, 0)
+        self._queue(future, command, 0, draft)
         return future
 
-    def call_many(self, commands: Sequence[bytes]) -> asyncio.Future[list[Reply | StoreError]]:
-        """Sends commands together; one future for all their answers, in order. An error answer stands among them."""
+    def call_many(
+        self, commands: Sequence[bytes], drafts: Sequence[bytes] = ()
+    ) -> asyncio.Future[list[Reply | StoreError]]:
+        """Sends commands together; one future for all their answers, in order. An error answer stands among them.
+        `drafts`: none, or one for each command, some empty.
+        """
         future: asyncio.Future[list[Reply | StoreError]] = self._loop.create_future()
-        self._queue(future, b"".join(commands), len(commands))
+        self._queue(future, b"".join(commands), len(commands), drafts)
         return future
 
-    def _queue(self, future: _Slot, command: bytes, answers: int) -> None:
+    def _queue(self, future: _Future, command: bytes, answers: int, drafts: bytes | Sequence[bytes]) -> None:
         if self._transport is None:
             future.set_exception(Unavailable("hot store: not connected"))
             return
         if self._blocked:  # It cannot be written yet, and is not waited for longer than any other.
-            self._deadlines.append((self._loop.time() + self._timeout, [(future, answers)]))
+            self._deadlines.append((self._loop.time() + self._timeout, [(future, answers, drafts)]))
         elif not self._turn:
             self._loop.call_soon(self._flush)
         self._turn.append(command)
-        self._turn_slots.append((future, answers))
+        self._turn_slots.append((future, answers, drafts))
 
     def close(self) -> None:
         """Ends the connection; what is in flight becomes Unavailable. May be called twice."""
@@ -153,7 +164,7 @@ class Connection(asyncio.Protocol):
             self.close()
             return
         while deadlines and deadlines[0][0] <= now:
-            for future, _ in deadlines.popleft()[1]:
+            for future, _, _ in deadlines.popleft()[1]:
                 if not future.done():
                     future.set_exception(
                         Unavailable(
@@ -164,7 +175,7 @@ class Connection(asyncio.Protocol):
         if self._blocked:
             self._drop_given_up()
         due = deadlines[0][0] if deadlines else now + self._timeout
-        self._watch = self._loop.call_at(due, self._expire) if self._waiting else None
+        self._watch = self._loop.call_at(due, self._expire) if self._waiting or deadlines else None
 
     def _drop_given_up(self) -> None:
         """What was not written yet and nobody waits for any more is not written at all."""
@@ -180,6 +191,8 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         reader, waiting = self._reader, self._waiting
+        receipts: list[bytes] = []
+        held: list[tuple[_Future, object]] = []
         self._heard = self._loop.time()
         reader.feed(data)
         try:
@@ -187,7 +200,7 @@ class Connection(asyncio.Protocol):
                 reply = reader.gets()
                 if reply is False:
                     break
-                future, answers = waiting[0]
+                future, answers, drafts = waiting[0]
                 if answers:
                     self._gathered.append(reply)
                     if len(self._gathered) < answers:
@@ -198,10 +211,17 @@ class Connection(asyncio.Protocol):
                     continue
                 if isinstance(reply, StoreError):
                     future.set_exception(reply)
+                    continue
+                if drafts and (due := _due(reply, answers, drafts)):
+                    receipts += due
+                    held.append((future, reply))
                 else:
                     future.set_result(reply)
         except (Unavailable, IndexError):  # Not RESP, or an answer that nobody asked for: nothing here can be trusted.
             self.close()
+        if held:
+            assert self._sink is not None, "drafts are given to a connection with a sink"
+            self._sink(receipts, held)
         self._forget()
 
     def _forget(self) -> None:
@@ -222,7 +242,7 @@ class Connection(asyncio.Protocol):
         self._transport = None
         if self._watch is not None:
             self._watch.cancel()
-        for future, _ in (*self._waiting, *self._turn_slots):
+        for future, _, _ in (*self._waiting, *self._turn_slots):
             if not future.done():
                 future.set_exception(Unavailable("hot store: connection lost; the outcome is unknown"))
         self._waiting.clear()
@@ -234,14 +254,23 @@ class Connection(asyncio.Protocol):
             self.lost.set_result(None)
 
 
-def _answered(future: _Slot) -> bool:
+def _due(reply: Any, answers: int, drafts: Any) -> list[bytes]:
+    """The receipts of what an answer, or each of a list of answers, has granted."""
+    if not answers:
+        return [drafts + reply] if is_due(reply) else []
+    return [draft + one for draft, one in zip(drafts, reply, strict=True) if draft and is_due(one)]
+
+
+def _answered(future: _Future) -> bool:
     return future.done() and not future.cancelled()
 
 
-async def connect(endpoint: Endpoint, timeout_ms: int, context: ssl.SSLContext | None = None) -> Connection:
+async def connect(
+    endpoint: Endpoint, timeout_ms: int, context: ssl.SSLContext | None = None, sink: Sink | None = None
+) -> Connection:
     """A connection that is authenticated and on its database. Raises Unavailable; the text holds no secret."""
     loop = asyncio.get_running_loop()
-    connection = Connection(loop, timeout_ms)
+    connection = Connection(loop, timeout_ms, sink)
     try:
         async with asyncio.timeout(timeout_ms / 1000 + 1):
             if endpoint.path:

@@ -6,7 +6,9 @@ import asyncio
 import hashlib
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from struct import error as StructError
+from typing import NoReturn
 
 import structlog
 
@@ -15,11 +17,16 @@ from entitlement.account import MISSING, Account
 from entitlement.decision import Charge, Consume, Limits, Outcome, consume_arguments, consume_keys, parse_outcome
 from entitlement.errors import CorruptRecord, Unavailable
 from entitlement.lua import script
+from entitlement.opening import Opening
+from gateway.fence import Fence
+from gateway.receipts import Receipts
 from gateway.store.connection import Argument, Connection, Endpoint, Reply, StoreError, connect, pack
 from gateway.store.packing import Packer
 from gateway.store.protocol import Sight
 
 BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.01, 1.0
+START_S = 1.0  # how long a start waits for the fence to be crossed
+WATCH_S = 0.25  # a hot store that has been emptied is noticed within this
 _log = structlog.get_logger(__name__)
 
 
@@ -34,7 +41,10 @@ class RedisStore:
         partitions: int = keys.PARTITIONS,
         timeout_ms: int = 100,
         jitter: Callable[[], float] = random.random,
+        receipts: Receipts | None = None,
+        fence: Fence | None = None,
     ) -> None:
+        """Without receipts and fence an answer rests on this Redis alone, whichever it is."""
         self._endpoint = endpoint
         self._limits = limits
         self._partitions = partitions
@@ -43,7 +53,13 @@ class RedisStore:
         self._consume = script("consume")
         sha = hashlib.sha1(self._consume.encode()).hexdigest()  # noqa: S324 - Redis names scripts by SHA-1
         self._packer = Packer(sha, limits, partitions)
+        self._receipts = receipts
+        self._fence = fence
+        self._draft = receipts.draft if receipts else _no_receipt
         self._connection: Connection | None = None
+        self._why = "not connected"
+        self._opening: Opening | None = None
+        self._doubted = asyncio.Event()  # another opening was seen: decisions stop until the fence is crossed again
         self._keeper: asyncio.Task[None] | None = None
         self._up = asyncio.Event()
 
@@ -52,10 +68,17 @@ class RedisStore:
         return self._up.is_set()
 
     async def start(self) -> None:
-        """Connects and loads the scripts. Raises Unavailable when Redis cannot be reached now."""
+        """Connects and loads the scripts. Raises Unavailable when Redis cannot be reached now. With a fence,
+        `connected` may come later: when it is crossed.
+        """
         if self._keeper is None:
-            await self._connect()
-            self._keeper = asyncio.create_task(self._keep())
+            connection = await self._reach()
+            if self._fence is None:
+                await self._admit(connection)
+            self._keeper = asyncio.create_task(self._keep(connection))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(START_S):
+                    await self._up.wait()
 
     async def stop(self) -> None:
         keeper, self._keeper = self._keeper, None
@@ -68,7 +91,8 @@ class RedisStore:
 
     async def consume(self, request: Consume, charge: Charge) -> Outcome:
         try:
-            reply = await self._call(self._packer.pack(request, charge))
+            connection = self._connection or self._away()
+            reply = await connection.call(self._packer.pack(request, charge), self._draft(request, charge))
         except StoreError as error:
             reply = await self._again(error, request, charge)
         return _outcome(reply, request)
@@ -76,10 +100,10 @@ class RedisStore:
     async def consume_many(self, calls: Sequence[tuple[Consume, Charge]]) -> list[Outcome]:
         if not calls:
             return []
-        if self._connection is None:
-            raise Unavailable("hot store: not connected")
-        commands = [self._packer.pack(request, charge) for request, charge in calls]
-        replies = await self._connection.call_many(commands)
+        connection = self._connection or self._away()
+        draft, packed = self._draft, self._packer.pack
+        drafts = [draft(request, charge) for request, charge in calls]
+        replies = await connection.call_many([packed(request, charge) for request, charge in calls], drafts)
         outcomes = []
         for reply, (request, charge) in zip(replies, calls, strict=True):
             if isinstance(reply, StoreError):
@@ -94,8 +118,15 @@ class RedisStore:
     async def _again(self, error: StoreError, request: Consume, charge: Charge) -> Reply:
         """Redis forgot the script: send it whole, once. Any other error answer means nothing was decided."""
         if not str(error).startswith("NOSCRIPT"):
+            if self._fence and str(error).startswith("READONLY"):
+                self._doubted.set()  # It has become a replica.
             raise Unavailable(f"hot store: {error}") from None
-        return await self._command("EVAL", self._consume, *self._arguments(request, charge))
+        connection = self._connection or self._away()
+        whole = pack("EVAL", self._consume, *self._arguments(request, charge))
+        try:
+            return await connection.call(whole, self._draft(request, charge))
+        except StoreError as again:
+            raise Unavailable(f"hot store: {again}") from None
 
     async def read(self, tenant: str, customer: str) -> Sight:
         partition = keys.partition_of(tenant, customer, self._partitions)
@@ -119,13 +150,34 @@ class RedisStore:
         except StoreError as error:
             raise Unavailable(f"hot store: {error}") from None
 
-    def _call(self, command: bytes) -> asyncio.Future[Reply]:
-        if self._connection is None:
-            raise Unavailable("hot store: not connected")
-        return self._connection.call(command)
+    async def last_ids(self) -> dict[int, tuple[int, int]]:
+        """The id that each partition's journal has given last."""
+        commands = [pack("XINFO", "STREAM", keys.journal(partition)) for partition in range(self._partitions)]
+        replies = await (self._connection or self._away()).call_many(commands)
+        found = {}
+        for partition, reply in enumerate(replies):
+            if isinstance(reply, list):
+                found[partition] = _stream_id(reply[reply.index(b"last-generated-id") + 1])
+            elif "no such key" not in str(reply):
+                raise Unavailable(f"hot store: {reply!r}")
+        return found
 
-    async def _connect(self) -> None:
-        connection = await connect(self._endpoint, self._timeout_ms)
+    async def settled(self) -> dict[int, tuple[int, tuple[int, int]]]:
+        """Under which opening the ledger has come how far in each partition's journal."""
+        reply = await self._command("HGETALL", keys.SETTLED)
+        flat = [part for part in reply if isinstance(part, bytes)] if isinstance(reply, list) else []
+        words = {int(partition): value.split(b" ") for partition, value in zip(flat[::2], flat[1::2], strict=True)}
+        return {partition: (int(opening), _stream_id(at)) for partition, (opening, at) in words.items()}
+
+    def _call(self, command: bytes) -> asyncio.Future[Reply]:
+        return (self._connection or self._away()).call(command)
+
+    def _away(self) -> NoReturn:
+        raise Unavailable(f"hot store: {self._why}")
+
+    async def _reach(self) -> Connection:
+        sink = self._receipts.keep if self._receipts else None
+        connection = await connect(self._endpoint, self._timeout_ms, sink=sink)
         try:
             await connection.call(pack("SCRIPT", "LOAD", self._consume))
         except (StoreError, Unavailable) as error:
@@ -134,24 +186,99 @@ class RedisStore:
         except asyncio.CancelledError:
             connection.close()
             raise
-        self._connection = connection
-        self._up.set()
+        return connection
 
-    async def _keep(self) -> None:
-        """Reconnects for ever, with growing, jittered pauses."""
-        pause = BACKOFF_FIRST_S
-        while True:
-            assert self._connection is not None
-            await self._connection.lost
-            self._up.clear()
+    async def _admit(self, connection: Connection) -> None:
+        """Lets decisions be taken over a connection, once the fence is crossed."""
+        if self._fence is not None:
+            self._why = "the fence is being crossed: ledger_sync opens the hot store, and receipts are replayed"
             try:
-                await self._connect()
-                _log.info("hot store connected", endpoint=str(self._endpoint))
+                self._opening = await self._fence.cross(connection)
+            except (StoreError, CorruptRecord, TimeoutError, OSError) as error:
+                raise Unavailable(f"hot store: {type(error).__name__}: {error}") from None
+        if connection.lost.done():
+            raise Unavailable("hot store: connection lost")
+        self._connection = connection
+        self._doubted.clear()
+        self._up.set()
+        connection.lost.add_done_callback(lambda _: self._gone(connection))
+
+    def _gone(self, connection: Connection) -> None:
+        if self._connection is connection:
+            self._down("not connected")
+
+    async def _keep(self, reached: Connection) -> None:
+        """Reconnects for ever, with growing, jittered pauses."""
+        pause, connection = BACKOFF_FIRST_S, reached
+        while True:
+            try:
+                if not self._up.is_set():
+                    if connection.lost.done():
+                        connection = await self._reach()
+                    await self._admit(connection)
+                    _log.info("hot store connected", endpoint=str(self._endpoint), opening=self._number)
                 pause = BACKOFF_FIRST_S
+                await self._until_over(connection)
+                self._down("not connected")
             except Unavailable as error:
+                self._down(str(error).removeprefix("hot store: "))
                 _log.warning("hot store away", error=str(error), retry_in_s=round(pause, 3))
                 await asyncio.sleep(pause * (0.5 + self._jitter()))
                 pause = min(2 * pause, BACKOFF_MOST_S)
+            finally:
+                if not self._up.is_set():
+                    connection.close()
+
+    def _down(self, why: str) -> None:
+        self._why = why
+        self._connection = None
+        self._up.clear()
+
+    @property
+    def _number(self) -> int:
+        return self._opening.number if self._opening else 0
+
+    async def _until_over(self, connection: Connection) -> None:
+        """Returns when the connection is lost, or the ledger has opened this hot store anew: it is not as it was."""
+        watch = asyncio.create_task(self._watch(connection))
+        doubted = asyncio.create_task(self._doubted.wait())
+        try:
+            await asyncio.wait((connection.lost, watch, doubted), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (watch, doubted):
+                task.cancel()
+            await asyncio.gather(watch, doubted, return_exceptions=True)
+
+    async def _watch(self, connection: Connection) -> None:
+        """Looks at the opening, and at the hot store's clock."""
+        if self._fence is None or self._receipts is None:
+            await connection.lost
+            return
+        while True:
+            try:
+                found, clock = await connection.call_many([pack("GET", keys.OPEN), pack("TIME")])
+            except Unavailable:  # Busy, or lost: the connection itself says which.
+                await asyncio.sleep(WATCH_S)
+                continue
+            number = Opening.parse(found).number if isinstance(found, bytes) else 0
+            if number != self._number:
+                _log.warning("the hot store is not as it was", opening=number, was=self._number)
+                return
+            if isinstance(clock, list):
+                seconds, micros = (int(part) for part in clock if isinstance(part, bytes))
+                self._receipts.tell_time(seconds * 1000 + micros // 1000)
+            await asyncio.sleep(WATCH_S)
+
+
+def _no_receipt(request: Consume, charge: Charge) -> bytes:
+    return b""
+
+
+def _stream_id(text: object) -> tuple[int, int]:
+    if not isinstance(text, bytes):
+        raise CorruptRecord(f"{text!r} is no id of a stream")
+    ms, _, number = text.partition(b"-")
+    return int(ms), int(number)
 
 
 def _outcome(reply: Reply, request: Consume) -> Outcome:

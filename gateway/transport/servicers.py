@@ -55,7 +55,7 @@ class Servicers:
 
     async def start(self, connected: Callable[[], bool]) -> None:
         """Health is SERVING while `connected` says that calls can be decided."""
-        await self._say(serving=True)
+        await self._say(serving=connected())
         self._watch = asyncio.create_task(self._follow(connected))
 
     async def stop(self) -> None:
@@ -71,7 +71,8 @@ class Servicers:
             await self._health.set(name, status)
 
     async def _follow(self, connected: Callable[[], bool]) -> None:
-        serving = True
+        serving = connected()
+        await self._say(serving=serving)
         while True:
             if serving != connected():
                 serving = not serving

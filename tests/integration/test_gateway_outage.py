@@ -18,6 +18,7 @@ from entitlement.v1 import gateway_pb2 as pb
 from tests.conftest import start_or_skip
 from tests.gateway_rig import Rig, rig
 from tests.hot_stores import TOKENS, account
+from tests.openings import vouched
 from tests.servers import ValkeyProcess
 
 Answer = TypeVar("Answer")
@@ -36,7 +37,7 @@ def server() -> Iterator[ValkeyProcess]:
 
 @pytest.fixture
 async def gateway(server: ValkeyProcess) -> AsyncIterator[Rig]:
-    async with rig(server.url, redis_timeout_ms=TIMEOUT_MS) as made:
+    async with vouched(server.url), rig(server.url, redis_timeout_ms=TIMEOUT_MS) as made:
         made.bench.put(account(HotGrant(1, 10**6)))
         await made.consume("warm", (TOKENS, 1))
         yield made

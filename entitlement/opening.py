@@ -1,0 +1,72 @@
+"""Which Redis it is, and that the ledger has vouched for it. Pure.
+
+ledger_sync opens a hot store: once the journal that is found there is settled, and no account in it is behind the
+ledger, it writes the key ent:open, 'number run_id/replid deployment'. A gateway decides nothing on a hot store whose
+own run_id and replid are others, and keeps with every receipt the number that it was decided under. The number counts
+up with each hot store that is another one than before, or has been emptied.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import msgspec
+
+from entitlement.errors import CorruptRecord, Unavailable
+
+_FIELD = re.compile(r"^(run_id|role|master_replid|master_replid2):(\S+)\r?$", re.MULTILINE)
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """A server process and the line of replication that it heads."""
+
+    run_id: str
+    replid: str
+
+    def __str__(self) -> str:
+        return f"{self.run_id}/{self.replid}"
+
+
+class Server(msgspec.Struct, frozen=True):
+    """What INFO says of a server. `promoted`: it has been a replica before it became what it is."""
+
+    identity: Identity
+    primary: bool
+    promoted: bool
+
+
+class Opening(msgspec.Struct, frozen=True):
+    """The ledger's word for one hot store."""
+
+    number: int
+    identity: Identity
+    deployment: str
+
+    def encode(self) -> str:
+        return f"{self.number} {self.identity} {self.deployment}"
+
+    @classmethod
+    def parse(cls, text: bytes) -> Opening:
+        """Raises CorruptRecord."""
+        try:
+            number, token, deployment = text.decode("ascii").split(" ")
+            run_id, replid = token.split("/")
+            return cls(int(number), Identity(run_id, replid), deployment)
+        except ValueError:
+            raise CorruptRecord(f"ent:open holds {text[:60]!r}") from None
+
+
+def read_info(text: str) -> Server:
+    """From the sections `server` and `replication` of INFO. Raises Unavailable when they do not say."""
+    return server_of({match[1]: match[2] for match in _FIELD.finditer(text)})
+
+
+def server_of(found: Mapping[str, object]) -> Server:
+    """From INFO's fields by name."""
+    try:
+        identity = Identity(str(found["run_id"]), str(found["master_replid"]))
+        # Zeros stand for no former line; a client may have read them as a number.
+        return Server(identity, found["role"] == "master", str(found["master_replid2"]).strip("0") != "")
+    except KeyError as missing:
+        raise Unavailable(f"hot store: INFO does not say its {missing.args[0]}") from None

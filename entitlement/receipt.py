@@ -1,0 +1,94 @@
+"""A receipt: what a gateway keeps of a consumption before it acknowledges it, and how a hot store that does not know of
+the consumption is told. Pure.
+
+A receipt's bytes, little-endian: B kind, Q when it was decided (ms on the hot store's clock), H size of the prices,
+I size of the request; then the prices ('plan NUL version', and 'NUL meter' for each usage line), the
+CheckAndConsumeRequest in protobuf, and what consume.lua has answered.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from struct import error as StructError
+
+import msgspec
+
+from entitlement import keys
+from entitlement.decision import Charge, Consume, Decision, Limits, parse_answer
+from entitlement.errors import CorruptRecord, InvalidArgument
+from entitlement.identity import fingerprint, key_digest
+from entitlement.request import read_consume
+
+GRANTED = 1  # kinds of receipts
+
+_HEAD = Struct("<BQHI")
+_SIGNS = (b"=", b"~")  # decided now, decided before
+_VERDICTS = b"\1\2"  # ALLOW, ALLOW_WITH_CAPS
+
+
+class Receipt(msgspec.Struct, frozen=True):
+    """A consumption that was granted, as it was answered."""
+
+    at_ms: int
+    plan: str
+    version: str
+    meters: tuple[str, ...]  # of the usage lines
+    request: Consume
+    answer: bytes  # as the hot store keeps it with the idempotency key
+    decision: Decision
+
+
+def prices(charge: Charge) -> bytes:
+    """What a receipt keeps of its prices: which ones they were, and what the lines are counted on."""
+    return "\0".join((charge.plan, str(charge.version), *[price.meter for price in charge.prices])).encode()
+
+
+def draft(request: Consume, price: bytes, at_ms: int) -> bytes:
+    """The receipt, but for the answer that is to be appended."""
+    payload = request.payload
+    return b"%b%b%b" % (_HEAD.pack(GRANTED, at_ms, len(price), len(payload)), price, payload)
+
+
+def is_due(reply: object) -> bool:
+    """Whether what consume.lua has answered says that something was granted, now or before."""
+    return type(reply) is bytes and reply[:1] in _SIGNS and reply[reply.index(0, 1) + 1] in _VERDICTS
+
+
+def parse(data: bytes, tenant: str) -> Receipt:
+    """The receipt in bytes that a checksum has proven whole. Raises CorruptRecord, which says what is wrong."""
+    try:
+        kind, at_ms, price_size, request_size = _HEAD.unpack_from(data)
+        if kind != GRANTED:
+            raise CorruptRecord(f"receipt of kind {kind} is unknown")
+        start = _HEAD.size + price_size
+        plan, version, *meters = data[_HEAD.size : start].decode().split("\0")
+        request = read_consume(tenant, data[start : start + request_size])
+        reply = data[start + request_size :]
+        end = reply.index(0, 1)
+        decision = parse_answer(reply, end + 1, reply[1:end].decode(), request, replayed=False)
+    except (ValueError, IndexError, KeyError, StructError, InvalidArgument) as error:
+        raise CorruptRecord(f"receipt does not decode: {type(error).__name__}: {error}") from None
+    return Receipt(at_ms, plan, version, tuple(meters), request, reply[end + 1 :], decision)
+
+
+def replay_keys(receipt: Receipt, partition: int) -> tuple[str, bytes, str]:
+    """KEYS of replay.lua."""
+    request = receipt.request
+    return (
+        keys.account(partition, request.tenant, request.customer),
+        keys.idempotency(partition, key_digest(request.tenant, request.customer, request.key)),
+        keys.journal(partition),
+    )
+
+
+def replay_arguments(receipt: Receipt, limits: Limits) -> list[str | bytes | int]:
+    """ARGV of replay.lua."""
+    request, decision = receipt.request, receipt.decision
+    arguments: list[str | bytes | int] = [
+        *(fingerprint(request.payload), request.payload, receipt.answer, receipt.at_ms, request.event_ms),
+        *(f"{request.tenant} {request.customer}", limits.remember_ms, receipt.plan, receipt.version),
+        *(int(decision.verdict), int(decision.shadow), request.subject, len(decision.charged)),
+    ]
+    for line, meter, charged in zip(request.lines, receipt.meters, decision.charged, strict=True):
+        arguments += (line.feature, meter, charged.quantity, charged.amount)
+    return arguments

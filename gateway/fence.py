@@ -1,0 +1,151 @@
+"""Between a hot store that has just been reached and the first decision on it: the ledger has to have vouched for it
+(entitlement.opening), and what this gateway has acknowledged under another opening is debited there, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from itertools import islice
+from typing import Final
+
+import msgspec
+import structlog
+
+from entitlement import keys
+from entitlement.decision import Limits
+from entitlement.errors import CorruptRecord, Unavailable
+from entitlement.lua import script
+from entitlement.opening import Opening, Server, read_info
+from entitlement.receipt import Receipt, parse, replay_arguments, replay_keys
+from gateway.receipts import Receipts
+from gateway.receipts.folder import Segment
+from gateway.store.connection import Connection, Reply, StoreError, pack
+
+LOOK_S: Final = 0.02  # between two looks at what is waited for
+VOUCHED_S: Final = 2.0  # how long one connection waits for the ledger's word
+LOADED_S: Final = 30.0  # how long receipts wait for their accounts
+CHUNK: Final = 256  # receipts replayed in one exchange
+
+_log = structlog.get_logger(__name__)
+
+
+class _Call(msgspec.Struct):
+    """A receipt as a command."""
+
+    name: tuple[str, str]
+    command: bytes
+
+
+class Fence:
+    """Stateless but for its receipts: what is interrupted is done again, and debits nothing twice."""
+
+    def __init__(self, receipts: Receipts, tenant: str, limits: Limits, partitions: int) -> None:
+        self._receipts = receipts
+        self._tenant = tenant
+        self._limits = limits
+        self._partitions = partitions
+        self._script = script("replay")
+        self._sha = hashlib.sha1(self._script.encode()).hexdigest()  # noqa: S324 - Redis names scripts by SHA-1
+
+    async def cross(self, connection: Connection) -> Opening:
+        """Returns when decisions may be taken over this connection. Raises Unavailable when they may not, yet."""
+        opening = await self._vouched(connection)
+        owed = await self._receipts.begin(opening)
+        if owed:
+            await self._replay(connection, owed, opening)
+        return opening
+
+    async def _vouched(self, connection: Connection) -> Opening:
+        deadline = asyncio.get_running_loop().time() + VOUCHED_S
+        while True:
+            server = await identify(connection)
+            if not server.primary:
+                raise Unavailable("hot store: it is a replica")
+            opening = await current(connection)
+            if opening is not None and opening.identity == server.identity:
+                return opening
+            if asyncio.get_running_loop().time() > deadline:
+                raise Unavailable("hot store: ledger_sync has not opened it; nothing is decided on it until then")
+            await asyncio.sleep(LOOK_S)
+
+    async def _replay(self, connection: Connection, owed: Sequence[Segment], opening: Opening) -> None:
+        await connection.call(pack("SCRIPT", "LOAD", self._script))
+        before = self._receipts.replayed
+        known = 0
+        for segment in owed:
+            known += await self._replay_segment(connection, segment)
+        replayed = self._receipts.replayed - before
+        _log.warning("receipts replayed", opening=opening.number, debited=replayed, known=known, segments=len(owed))
+
+    async def _replay_segment(self, connection: Connection, segment: Segment) -> int:
+        """How many of its receipts the hot store knew."""
+        scan = segment.read()
+        if scan.damaged:
+            self._receipts.damaged += scan.damaged
+            _log.error("receipts are damaged", segment=segment.path.name, places=scan.damaged, whole=len(scan.bodies))
+        calls = [call for body in scan.bodies if (call := self._call(body, segment)) is not None]
+        known = 0
+        async with asyncio.timeout(LOADED_S):
+            while calls:
+                missing: list[_Call] = []
+                rest = iter(calls)
+                while chunk := list(islice(rest, CHUNK)):
+                    replies = await connection.call_many([call.command for call in chunk])
+                    for call, reply in zip(chunk, replies, strict=True):
+                        known += self._done(call, reply, missing)
+                calls = missing
+                if calls:
+                    await self._ask(connection, {call.name for call in calls})
+                    await asyncio.sleep(LOOK_S)
+        return known
+
+    def _done(self, call: _Call, reply: Reply | StoreError, missing: list[_Call]) -> int:
+        if reply == 0:
+            return 1
+        if reply == 1:
+            self._receipts.replayed += 1
+        elif reply == b"!NOT_LOADED":
+            missing.append(call)
+        elif isinstance(reply, StoreError):
+            raise Unavailable(f"hot store: {reply}")
+        else:
+            self._refuse(call.name[1], str(reply))
+        return 0
+
+    def _refuse(self, customer: str, why: str) -> None:
+        self._receipts.refused += 1
+        _log.error("a receipt cannot be replayed", customer=customer, why=why)
+
+    def _call(self, body: bytes, segment: Segment) -> _Call | None:
+        try:
+            receipt: Receipt = parse(body, self._tenant)
+        except CorruptRecord as error:
+            self._refuse("?", f"{segment.path.name}: {error}")
+            return None
+        name = (receipt.request.tenant, receipt.request.customer)
+        partition = keys.partition_of(*name, self._partitions)
+        arguments = replay_arguments(receipt, self._limits)
+        return _Call(name, pack("EVALSHA", self._sha, 3, *replay_keys(receipt, partition), *arguments))
+
+    async def _ask(self, connection: Connection, names: set[tuple[str, str]]) -> None:
+        """Asks for accounts that are not there, as any call does that misses one."""
+        for tenant, customer in names:
+            partition = keys.partition_of(tenant, customer, self._partitions)
+            await connection.call(pack("RPUSH", keys.install_requests(partition), f"{tenant} {customer}"))
+
+
+async def identify(connection: Connection) -> Server:
+    """Raises Unavailable."""
+    try:
+        sections = [await connection.call(pack("INFO", section)) for section in ("server", "replication")]
+    except StoreError as error:
+        raise Unavailable(f"hot store: {error}") from None
+    return read_info("\n".join(part.decode() for part in sections if isinstance(part, bytes)))
+
+
+async def current(connection: Connection) -> Opening | None:
+    """The ledger's word that this hot store holds, for itself or for one that it was copied from."""
+    found = await connection.call(pack("GET", keys.OPEN))
+    return Opening.parse(found) if isinstance(found, bytes) else None

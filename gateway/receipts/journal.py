@@ -1,0 +1,276 @@
+"""Receipts as the event loop sees them: drafted, kept, replayed on another hot store, dropped once settled."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import msgspec
+import structlog
+
+from entitlement import receipt
+from entitlement.catalog import Durability
+from entitlement.decision import Charge, Consume, Mode
+from entitlement.errors import EntitlementError, InvalidArgument, Unavailable
+from entitlement.opening import Opening
+from gateway.receipts.folder import Folder, Segment
+from gateway.receipts.writer import Group, Turn, Writer
+
+MAX_REMEMBERED: Final = 50_000  # prices whose bytes are kept
+TEND_EVERY_S: Final = 0.5
+SEAL_AFTER_S: Final = 2.0  # a segment that holds something is finished after this, so that it can be dropped
+StreamId = tuple[int, int]
+Held = list[tuple[asyncio.Future[Any], object]]  # and what each is to be told
+
+_log = structlog.get_logger(__name__)
+
+
+class Journals(Protocol):
+    """What a hot store says of its journal streams, by partition."""
+
+    async def last_ids(self) -> dict[int, StreamId]:
+        """The id that each has given last; none for one that does not exist."""
+        ...
+
+    async def settled(self) -> dict[int, tuple[int, StreamId]]:
+        """Under which opening the ledger has come how far."""
+        ...
+
+
+class _Sealed(msgspec.Struct):
+    """A finished segment. `marks`: how far the ledger has to come in each partition before it can be dropped."""
+
+    segment: Segment
+    marks: Mapping[int, StreamId] | None = None
+    opening: int = 0  # that the marks were taken under
+
+
+class Receipts:
+    """The receipts of one gateway. `begin` before anything is drafted; `stop` may be called twice."""
+
+    def __init__(self, base: Path, *, max_bytes: int = 1 << 30, clock: Callable[[], float] = time.monotonic) -> None:
+        self._base = base
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._offset_s = time.time() - clock()
+        self._prices: dict[int, tuple[Charge, bytes]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._folder: Folder | None = None
+        self._writer: Writer | None = None
+        self._sealed: list[_Sealed] = []
+        self._begun_s = 0.0
+        self._deployment = ""
+        self._broken = ""  # why the disk took nothing
+        self.problem = ""  # why nothing can be granted now
+        self.opening = 0
+        self.replayed = 0  # debited once more
+        self.damaged = 0  # places found broken inside segments
+        self.refused = 0  # receipts that could not be replayed
+
+    def check(self) -> None:
+        """InvalidArgument: there can be no receipts in this place."""
+        try:
+            self._base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidArgument("receipts_dir", f"{self._base}: {error.strerror}") from None
+        if not os.access(self._base, os.W_OK | os.X_OK):
+            raise InvalidArgument("receipts_dir", f"{self._base} cannot be written to")
+
+    # On the way of every decision
+
+    def draft(self, request: Consume, charge: Charge) -> bytes:
+        """The receipt of a call, but for its answer; empty when none is asked for. Raises Unavailable when receipts
+        cannot be kept: then nothing must be granted.
+        """
+        if charge.durability is Durability.REDIS or (charge.mode or request.mode) is Mode.CHECK_ONLY:
+            return b""
+        if self.problem:
+            raise Unavailable(self.problem)
+        known = self._prices.get(id(charge))
+        price = self._price(charge) if known is None else known[1]
+        return receipt.draft(request, price, int((self._clock() + self._offset_s) * 1000))
+
+    def keep(self, receipts: list[bytes], held: Held) -> None:
+        """Makes receipts durable, then tells the futures; Unavailable if that fails. Returns at once."""
+        assert self._writer is not None, "begun"
+        self._writer.put(Group(receipts, partial(self._kept, held)))
+
+    def _price(self, charge: Charge) -> bytes:
+        if len(self._prices) >= MAX_REMEMBERED:
+            self._prices.clear()
+        packed = receipt.prices(charge)
+        self._prices[id(charge)] = (charge, packed)
+        return packed
+
+    def _kept(self, held: Held, error: str) -> None:
+        """In the writer's thread."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self._tell, held, error)
+        except RuntimeError:  # The loop has ended, and with it everyone who waited.
+            return
+
+    def _tell(self, held: Held, error: str) -> None:
+        if error:
+            self._fail(error)
+        for future, answer in held:
+            if future.done():
+                continue
+            if error:
+                future.set_exception(Unavailable(f"receipts: {error}; the outcome is unknown"))
+            else:
+                future.set_result(answer)
+
+    def _fail(self, error: str) -> None:
+        if not self._broken:
+            _log.error("receipts cannot be written", error=error)
+        self._broken = error
+        self._judge()
+
+    def _judge(self) -> None:
+        """Whether grants can be kept now."""
+        if self._broken:
+            self.problem = f"receipts: {self._broken}; nothing is granted until the disk takes them again"
+        elif (size := self.size) > self._max_bytes:
+            self.problem = f"receipts: {size} bytes wait for the ledger, the limit is {self._max_bytes}"
+        else:
+            self.problem = ""
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk that are not known to be settled."""
+        current = self._writer.current_bytes if self._writer else 0
+        return current + sum(sealed.segment.end for sealed in self._sealed)
+
+    # The hot store's openings
+
+    def tell_time(self, now_ms: int) -> None:
+        """The hot store's clock, by which receipts are dated."""
+        self._offset_s = now_ms / 1000 - self._clock()
+
+    async def begin(self, opening: Opening) -> list[Segment]:
+        """What is decided from now on is decided under this opening. Returns the segments of others, which the hot
+        store may not know of. Unavailable: the disk does not take receipts.
+        """
+        self._loop = asyncio.get_running_loop()
+        try:
+            if self._deployment != opening.deployment:
+                await self._claim(opening.deployment)
+        except (InvalidArgument, OSError) as error:
+            raise Unavailable(f"receipts: {error}") from None
+        if problem := await self._turn(opening.number):
+            self._fail(problem)
+            raise Unavailable(self.problem)
+        self._broken = ""
+        self.opening = opening.number
+        self._collect()
+        self._judge()
+        return [sealed.segment for sealed in self._sealed if sealed.segment.opening != opening.number]
+
+    async def _claim(self, deployment: str) -> None:
+        await self.stop()
+        self._folder = folder = Folder.claim(self._base, deployment)
+        self._deployment = deployment
+        folder.clear_spare()
+        self._sealed = [_Sealed(segment) for segment in folder.segments()]
+        self._writer = Writer(folder)
+        self._writer.start()
+
+    async def _turn(self, opening: int) -> str:
+        assert self._writer is not None and self._loop is not None
+        done: asyncio.Future[str] = self._loop.create_future()
+
+        def turned(error: str) -> None:
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(lambda: None if done.done() else done.set_result(error))
+
+        self._writer.put(Turn(opening, turned))
+        error = await done
+        self._begun_s = self._clock()
+        return error
+
+    def _collect(self) -> None:
+        """Takes over what the writer has finished."""
+        assert self._writer is not None and self._folder is not None
+        for segment in self._writer.take_sealed():
+            if segment.is_empty:
+                self._folder.discard(segment)
+            else:
+                self._sealed.append(_Sealed(segment))
+
+    # What is settled
+
+    async def tend(self, journals: Journals) -> None:
+        """Once: finishes a segment that has been open for long, tries a disk that has failed, drops what the ledger
+        has. Raises Unavailable when the hot store does.
+        """
+        if self._writer is None:
+            return
+        waited = self._clock() - self._begun_s > SEAL_AFTER_S and self._writer.current_bytes > 0
+        if waited or self._broken:
+            self._broken = await self._turn(self.opening)
+        self._collect()
+        try:
+            if self._sealed:
+                await self._drop_settled(journals)
+        finally:
+            self._judge()
+
+    async def _drop_settled(self, journals: Journals) -> None:
+        opening = self.opening
+        if any(sealed.marks is None or sealed.opening != opening for sealed in self._sealed):
+            fresh = [sealed for sealed in self._sealed if sealed.marks is None or sealed.opening != opening]
+            marks = await journals.last_ids()  # All that they hold had been journaled before.
+            for sealed in fresh:
+                sealed.marks, sealed.opening = marks, opening
+        settled = await journals.settled()
+        if opening != self.opening:
+            return
+        kept = []
+        for sealed in self._sealed:
+            if _is_settled(sealed, settled):
+                self._discard(sealed.segment)
+            else:
+                kept.append(sealed)
+        self._sealed = kept
+
+    def _discard(self, segment: Segment) -> None:
+        assert self._folder is not None
+        try:
+            self._folder.discard(segment)
+        except OSError as error:
+            _log.warning("receipts that are settled stay on disk", error=str(error))
+
+    async def stop(self) -> None:
+        """Makes durable what was kept, and lets go of the folder."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            await asyncio.to_thread(writer.stop)
+        if self._folder is not None:
+            self._folder.release()
+            self._folder = None
+        self._deployment = ""
+
+
+def _is_settled(sealed: _Sealed, settled: Mapping[int, tuple[int, StreamId]]) -> bool:
+    assert sealed.marks is not None
+    for partition, mark in sealed.marks.items():
+        opening, reached = settled.get(partition, (0, (0, 0)))
+        if opening != sealed.opening or reached < mark:
+            return False
+    return True
+
+
+async def tend(receipts: Receipts, journals: Journals) -> None:
+    """Until it is cancelled."""
+    while True:
+        await asyncio.sleep(TEND_EVERY_S)
+        try:
+            await receipts.tend(journals)
+        except EntitlementError as error:
+            _log.warning("receipts are kept until the hot store says what is settled", error=str(error))
