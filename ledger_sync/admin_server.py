@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -14,9 +15,12 @@ from entitlement.v1 import ledger_pb2
 from entitlement.v1.ledger_pb2_grpc import LedgerAdminServicer, add_LedgerAdminServicer_to_server
 
 SERVICE: Final = ledger_pb2.DESCRIPTOR.services_by_name["LedgerAdmin"].full_name
+LOOP: Final = "loop/"
 MAX_MESSAGE_BYTES: Final = 4_194_304
 MAX_METADATA_BYTES: Final = 16_384
 MAX_CALLS: Final = 256  # at once; more are refused with RESOURCE_EXHAUSTED
+
+_STATUS: Final = {True: health_pb2.HealthCheckResponse.SERVING, False: health_pb2.HealthCheckResponse.NOT_SERVING}
 
 
 class AdminServer:
@@ -48,9 +52,14 @@ class AdminServer:
 
     async def serving(self, yes: bool) -> None:
         """Tells health watchers whether the ledger is kept up to date."""
-        status = health_pb2.HealthCheckResponse.SERVING if yes else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", SERVICE):
-            await self._health.set(name, status)
+            await self._health.set(name, _STATUS[yes])
+
+    async def tell(self, loops: Mapping[str, bool]) -> None:
+        """As `serving`, while all of these run; and of each alone, as the service 'loop/<name>'."""
+        for name, well in loops.items():
+            await self._health.set(f"{LOOP}{name}", _STATUS[well])
+        await self.serving(all(loops.values()))
 
     async def stop(self, grace_s: float) -> None:
         """NOT_SERVING, no new calls, those in flight may finish within the grace. May be called twice."""

@@ -8,6 +8,7 @@ from typing import Final
 import structlog
 
 from entitlement.errors import EntitlementError
+from ledger_sync.beat import Beat
 from ledger_sync.catalogs import CatalogStore
 from ledger_sync.hot_store import HotStore
 
@@ -23,15 +24,17 @@ class CatalogPublisher:
         self._catalogs = catalogs
         self._hot = hot
         self._turn = asyncio.Lock()
+        self.beat = Beat()
 
     async def run(self) -> None:
         """Until it is cancelled. Errors of the stores are logged and tried again with the next check."""
-        while True:
-            try:
-                await self.publish()
-            except EntitlementError as error:
-                log.warning("the catalogue cannot be published", error=str(error))
-            await asyncio.sleep(CHECK_S)
+        with self.beat:
+            while True:
+                try:
+                    await self.publish()
+                except EntitlementError as error:
+                    log.warning("the catalogue cannot be published", error=str(error))
+                await self.beat.sleep(CHECK_S)
 
     async def publish(self) -> None:
         """Makes the hot store's generation the ledger's, if it is another."""

@@ -8,7 +8,7 @@ below the oldest running one (https://event-driven.io/en/ordering_in_postgres_ou
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from random import Random
 from typing import TYPE_CHECKING, Final
@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import structlog
 
+from ledger_sync.beat import DEADLINE_S, Beat
 from ledger_sync.publisher import Outgoing, Publisher, PublishFailed
 from ledger_sync.telemetry import Figures
 from ledger_sync.worker import cancelled, uninterrupted
 
 if TYPE_CHECKING:
-    from ledger_sync.ledger import Connection, Ledger
+    from ledger_sync.ledger import Connection, Lease, Ledger
 
 LEASE: Final = "outbox"
 CURSOR: Final = "default"  # one stream of events, one cursor; whichever target it goes to
+PUBLISH_S: Final = 10.0
 POLL_S: Final = 1.0  # what others commit is seen no later
 FIRST_PAUSE_S: Final = 0.1  # after a publish that failed; doubles
 LONGEST_PAUSE_S: Final = 10.0
@@ -72,7 +74,9 @@ class Outbox:
         random: Random,
         batch: int = 1_000,
         poll_s: float = POLL_S,
+        publish_s: float = PUBLISH_S,
     ) -> None:
+        """`publish_s`: how long the publisher may take for one batch."""
         self._ledger = ledger
         self._publisher = publisher
         self._figures = figures
@@ -80,24 +84,35 @@ class Outbox:
         self._batch = batch
         self._poll_s = poll_s
         self._committed = asyncio.Event()
+        self._lease: Lease | None = None  # while it runs
+        self._beat = Beat(DEADLINE_S + publish_s)
+
+    @property
+    def beats(self) -> Mapping[str, Beat]:
+        return {"": self._beat}
 
     def wake(self) -> None:
         self._committed.set()
 
     async def run(self) -> None:
         """Until it is cancelled. Raises when the database is away; a publisher that is away is waited for."""
-        async with self._ledger.lease(LEASE) as lease:
-            await self._publisher.start()
-            try:
-                while not cancelled():
-                    lease.check()
-                    self._committed.clear()
-                    if await self.publish() < self._batch:
-                        with suppress(TimeoutError):
-                            async with asyncio.timeout(self._poll_s):
-                                await self._committed.wait()
-            finally:
-                await self._publisher.stop()
+        with self._beat:
+            async with self._ledger.lease(LEASE, self._beat) as self._lease:
+                await self._run(self._lease)
+
+    async def _run(self, lease: Lease) -> None:
+        await self._publisher.start()
+        try:
+            while not cancelled():
+                self._beat()
+                lease.check()
+                self._committed.clear()
+                if await self.publish() < self._batch:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(self._poll_s):
+                            await self._committed.wait()
+        finally:
+            await self._publisher.stop()
 
     async def publish(self) -> int:
         """Publishes the next committed events, in order, and forgets them. Returns how many there were.
@@ -128,6 +143,9 @@ class Outbox:
         """Tries until the publisher has accepted every event: nothing later overtakes them."""
         pause_s = FIRST_PAUSE_S
         while True:
+            self._beat()
+            if self._lease:
+                self._lease.check()  # Another may have published these, and later ones.
             try:
                 await self._publisher.publish(events)
                 return
@@ -136,7 +154,7 @@ class Outbox:
                     raise
                 self._figures.publish_failures.inc()
                 log.warning("publish_failed", target=failed.target, reason=failed.reason, retry_s=round(pause_s, 1))
-            await asyncio.sleep(pause_s * (0.5 + self._random.random()))
+            await self._beat.sleep(pause_s * (0.5 + self._random.random()))
             pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
 
 

@@ -6,7 +6,6 @@ seen, under the account's lock.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Final
@@ -15,6 +14,7 @@ import structlog
 
 from entitlement.errors import EntitlementError
 from ledger_sync import quarantine
+from ledger_sync.beat import Beat
 from ledger_sync.drift import PLACE
 from ledger_sync.reconcile import BATCH, Drift, Reconciler, log_drifts
 from ledger_sync.telemetry import Figures
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ledger_sync.ledger import Ledger
 
 ACTOR: Final = "patrol"
+DEADLINE_S: Final = 300.0  # one page, or what is healed of it, takes no longer
 RETRY_S: Final = 1.0  # after a store was away
 
 log = structlog.get_logger(__name__)
@@ -43,13 +44,15 @@ class Patrol:
         self._tenant = tenant
         self._figures = figures
         self._round_s = round_s
+        self.beat = Beat(DEADLINE_S)
         self._drifting: dict[str, list[Drift]] = {}  # by customer, as seen last
 
     async def run(self) -> None:
         """Until it is cancelled. A store that is away is waited for."""
         try:
-            while True:
-                await self._try_round()
+            with self.beat:
+                while True:
+                    await self._try_round()
         finally:  # Whoever has the lease next tells of what drifts.
             self._drifting.clear()
             self._export()
@@ -59,19 +62,20 @@ class Patrol:
             await self.round()
         except (EntitlementError, TimeoutError) as error:
             log.warning("the patrol waits", error=str(error) or type(error).__name__)
-            await asyncio.sleep(RETRY_S)
+            await self.beat.sleep(RETRY_S)
 
     async def round(self) -> None:
         """Looks at everybody once."""
         began, pages = monotonic(), await self._pages()
         after, number = "", 0
         while True:
+            self.beat()
             started = monotonic()
             names, drifts = await self._reconciler.compare(after)
             await self._seen(after, names, drifts)
             number, now = number + 1, monotonic()
             due = began + self._round_s * min(number / pages, 1)
-            await asyncio.sleep(max(due - now, now - started))  # Others have at least half of the time.
+            await self.beat.sleep(max(due - now, now - started))  # Others have at least half of the time.
             if not names:
                 break
             after = names[-1]
@@ -94,6 +98,7 @@ class Patrol:
             _tell(found, before.get(name, []))
         self._export()
         for name in [name for name in names if name in self._drifting and name in before]:
+            self.beat()
             await self._heal(name)
             self._export()
 

@@ -26,7 +26,7 @@ from ledger_sync.settings import Settings, split_address
 from ledger_sync.settlement import Outcome
 from ledger_sync.telemetry import Figures
 from ledger_sync.webhooks import Webhooks, declare, target_of
-from ledger_sync.worker import Loop, Worker
+from ledger_sync.worker import Health, Loop, Worker
 
 GC_THRESHOLD: Final = 50_000  # A batch makes many small values that live briefly together.
 HEALTH_EVERY_S: Final = 0.25
@@ -83,7 +83,13 @@ class Process:
             control.patrol = Patrol(
                 ledger, control.reconciler, settings.tenant, figures=self._figures, round_s=settings.patrol_s
             )
-        self._outbox = Outbox(ledger, self._publisher, figures=self._figures, random=self._random)
+        self._outbox = Outbox(
+            ledger,
+            self._publisher,
+            figures=self._figures,
+            random=self._random,
+            publish_s=settings.publisher_deadline_ms / 1000,
+        )
         loops: dict[str, Loop] = {"drain": drain, "outbox": self._outbox, "control": self._control}
         if self._target:
             loops["webhooks"] = Webhooks(ledger, self._target, figures=self._figures, random=self._random)
@@ -130,12 +136,18 @@ class Process:
             self._control.pusher.wake()
 
     async def _watch_health(self, admin: AdminServer) -> None:
-        """SERVING while every loop runs."""
-        serving = True
+        """SERVING while every loop runs and goes round."""
+        told: dict[str, bool] = {}
         while True:
+            now = {name: health.well for name, health in self._worker.health.items()}
+            if now != told:
+                await admin.tell(now)
+                down = {name: _why(self._worker.health[name]) for name, well in now.items() if not well}
+                if told:
+                    log.warning("health", serving=not down, down=down)
+                told = now
             await asyncio.sleep(HEALTH_EVERY_S)
-            now = all(health.running for health in self._worker.health.values())
-            if now != serving:
-                serving = now
-                await admin.serving(serving)
-                log.warning("health", serving=serving)
+
+
+def _why(health: Health) -> str:
+    return f"{', '.join(health.hung)} hangs" if health.hung else health.error

@@ -13,6 +13,7 @@ import structlog
 
 from entitlement.errors import EntitlementError
 from ledger_sync import changes, hot_deltas
+from ledger_sync.beat import Beat
 from ledger_sync.hot_store import HotStore, Name
 from ledger_sync.install import Installer
 
@@ -44,6 +45,7 @@ class Pusher:
         self._installer = installer
         self._clock = clock
         self._changed = asyncio.Event()
+        self.beat = Beat()
         self._said: dict[Name, tuple[int, float]] = {}  # last version that the store has, and when it said so
 
     def wake(self) -> None:
@@ -51,12 +53,14 @@ class Pusher:
 
     async def run(self) -> None:
         """Until it is cancelled. Errors of the stores are logged; what is pending stays pending."""
-        while True:
-            try:
-                await self.push()
-            except EntitlementError as error:
-                log.warning("ledger changes cannot be pushed", error=str(error))
-            await self._pause()
+        with self.beat:
+            while True:
+                try:
+                    await self.push()
+                except EntitlementError as error:
+                    log.warning("ledger changes cannot be pushed", error=str(error))
+                await self._pause()
+                self.beat()
 
     async def _pause(self) -> None:
         with suppress(TimeoutError):
@@ -68,6 +72,7 @@ class Pusher:
         """Sends once whatever is pending and was not applied lately."""
         names = await self._due()
         for first in range(0, len(names), BATCH):
+            self.beat()
             pending = await self._pending(names[first : first + BATCH])
             answers = await self._hot.apply((item.name, item.delta) for item in pending)
             unloaded: set[Name] = set()

@@ -13,11 +13,13 @@ import structlog
 
 from entitlement.errors import EntitlementError
 from ledger_sync import changes
+from ledger_sync.beat import Beat
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Ledger
 
 POLL_S: Final = 0.5  # what is due is done no later
+DEADLINE_S: Final = 300.0  # one round of one chore takes no longer
 MAX_ROUNDS: Final = 100  # of one chore, before the others have their turn
 
 log = structlog.get_logger(__name__)
@@ -39,18 +41,20 @@ class Sweeper:
         self._chores = chores
         self._poll_s = poll_s
         self._changed = asyncio.Event()
+        self.beat = Beat(DEADLINE_S)
 
     def wake(self) -> None:
         self._changed.set()
 
     async def run(self) -> None:
         """Until it is cancelled. What fails is logged and tried again; the other chores go on meanwhile."""
-        while True:
-            await self.sweep()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._poll_s):
-                    await self._changed.wait()
-            self._changed.clear()
+        with self.beat:
+            while True:
+                await self.sweep()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._poll_s):
+                        await self._changed.wait()
+                self._changed.clear()
 
     async def sweep(self) -> bool:
         """Every chore, until nothing is due; whether all of them came that far."""
@@ -65,6 +69,7 @@ class Sweeper:
 
     async def _tend(self, chore: Chore) -> bool:
         for _ in range(MAX_ROUNDS):
+            self.beat()
             async with self._ledger.transaction(readonly=True) as connection:
                 now_ms = await changes.now_ms(connection)
             if not await chore.tend(now_ms):

@@ -47,6 +47,7 @@ class Figures:
         self.publish_failures = counter("publish_failures", "Publishes that did not succeed and were tried again.")
         self.webhooks = counter("webhooks", "Webhook deliveries, by what became of an attempt.", "outcome")
         self.restarts = counter("loop_restarts", "Loops that ended with an error and were started again.", "loop")
+        self.hangs = counter("loop_hangs", "Loops that did not go round in time and were started again.", "loop")
         self.batch = Histogram(
             "entitlement_sync_batch_seconds",
             "From a batch's first read to its commit.",
@@ -72,4 +73,10 @@ class Figures:
         self.webhooks_pending = Gauge(
             "entitlement_sync_webhooks_pending", "Webhook deliveries that wait.", registry=registry
         )
-        self.healthy = Gauge("entitlement_sync_loop_healthy", "1: the loop runs.", ("loop",), registry=registry)
+        self.lanes = Gauge("entitlement_sync_lanes", "Lanes of the journal that are served here.", registry=registry)
+        self.healthy = Gauge(
+            "entitlement_sync_loop_healthy", "1: the loop runs, or waits for its turn.", ("loop",), registry=registry
+        )
+        self.silent = Gauge(
+            "entitlement_sync_loop_silent_seconds", "Since the loop last went round.", ("loop",), registry=registry
+        )

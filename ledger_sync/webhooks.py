@@ -13,6 +13,7 @@ import base64
 import binascii
 import logging
 import ssl
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -26,12 +27,13 @@ from standardwebhooks import Webhook
 
 from entitlement.errors import InvalidArgument
 from ledger_sync.announcements import TYPES
+from ledger_sync.beat import Beat
 from ledger_sync.settings import Settings
 from ledger_sync.telemetry import Figures
 from ledger_sync.worker import cancelled, uninterrupted
 
 if TYPE_CHECKING:
-    from ledger_sync.ledger import Ledger
+    from ledger_sync.ledger import Lease, Ledger
 
 LEASE: Final = "webhooks"
 ENDPOINT: Final = "default"
@@ -174,16 +176,28 @@ class Webhooks:
         self._poll_s = poll_s
         self._changed = asyncio.Event()
         self._in_flight: set[int] = set()
+        self._beat = Beat()
+        self._count_beat = Beat()
+
+    @property
+    def beats(self) -> Mapping[str, Beat]:
+        return {"": self._beat, "count": self._count_beat}
 
     def wake(self) -> None:
         self._changed.set()
 
     async def run(self) -> None:
         """Until it is cancelled. Raises when the database is away. What is cut short is sent again, by the same id."""
-        async with self._ledger.lease(LEASE) as lease, _client() as client, asyncio.TaskGroup() as group:
+        with self._beat:
+            async with self._ledger.lease(LEASE, self._beat) as lease, _client() as client:
+                await self._run(lease, client)
+
+    async def _run(self, lease: Lease, client: httpx.AsyncClient) -> None:
+        async with asyncio.TaskGroup() as group:
             self._in_flight.clear()
             group.create_task(self._count())
             while True:
+                self._beat()
                 if cancelled():
                     raise asyncio.CancelledError
                 lease.check()
@@ -250,13 +264,15 @@ class Webhooks:
 
     async def _count(self) -> None:
         """Keeps the figure of what waits."""
-        while not cancelled():
-            async with self._ledger.transaction(readonly=True) as connection:
-                pending: int = await connection.fetchval(
-                    "SELECT count(*) FROM webhook_deliveries WHERE failed_at IS NULL"
-                )
-            self._figures.webhooks_pending.set(pending)
-            await asyncio.sleep(COUNT_S)
+        with self._count_beat:
+            while not cancelled():
+                self._count_beat()
+                async with self._ledger.transaction(readonly=True) as connection:
+                    pending: int = await connection.fetchval(
+                        "SELECT count(*) FROM webhook_deliveries WHERE failed_at IS NULL"
+                    )
+                self._figures.webhooks_pending.set(pending)
+                await asyncio.sleep(COUNT_S)
 
 
 def _client() -> httpx.AsyncClient:

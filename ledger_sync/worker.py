@@ -1,9 +1,11 @@
-"""Keeps loops running: one that fails is started again, after a pause that grows, until all are stopped together."""
+"""Keeps loops running: one that fails or hangs is started again, after a pause that grows, until all are stopped
+together.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from random import Random
 from time import monotonic
 from typing import Final, Protocol
@@ -12,18 +14,25 @@ import msgspec
 import structlog
 
 from entitlement.errors import EntitlementError
+from ledger_sync.beat import Beat, Watch
 from ledger_sync.telemetry import Figures
 
 FIRST_PAUSE_S: Final = 0.1  # before a loop that failed is started again; doubles
 LONGEST_PAUSE_S: Final = 1.0
 STEADY_S: Final = 10.0  # a loop that ran this long has recovered
+WATCH_S: Final = 0.25  # how often is looked for a loop that hangs
 FINISH_S: Final = 10.0  # how long what is in hand may take once we are asked to stop
 
 log = structlog.get_logger(__name__)
 
 
 class Loop(Protocol):
-    """A long-lived part. `run` goes on until it is cancelled, cleans up, and may be called again afterwards."""
+    """A long-lived part. `run` goes on until it is cancelled, cleans up, and may be called again afterwards. `beats`:
+    of its parts, by name; '' is its own.
+    """
+
+    @property
+    def beats(self) -> Mapping[str, Beat]: ...
 
     async def run(self) -> None: ...
 
@@ -34,6 +43,11 @@ class Health(msgspec.Struct):
     running: bool = False
     restarts: int = 0
     error: str = ""  # why it last ended
+    hung: tuple[str, ...] = ()  # its parts that did not go round in time, until it is started again
+
+    @property
+    def well(self) -> bool:
+        return self.running and not self.hung
 
 
 class Worker:
@@ -51,12 +65,18 @@ class Worker:
         self._figures = figures
         self._random = random
         self._clock = clock
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._watches = {
+            name: Watch({f"{name}.{part}" if part else name: beat for part, beat in loop.beats.items()})
+            for name, loop in loops.items()
+        }
         self.health = {name: Health() for name in loops}
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
             for name, loop in self._loops.items():
                 group.create_task(self._keep(name, loop), name=name)
+            group.create_task(self._watch())
 
     async def _keep(self, name: str, loop: Loop) -> None:
         pause_s = FIRST_PAUSE_S
@@ -75,23 +95,59 @@ class Worker:
     async def _run_once(self, name: str, loop: Loop) -> str:
         """Why the loop ended. The one place where any error may end up: it is counted, shown and survived."""
         health = self.health[name]
-        health.running = True
-        self._figures.healthy.labels(name).set(1)
+        health.running, health.hung = True, ()
+        self._watches[name].forgive()
+        self._tell(name)
         try:
             # In a task of its own: a TaskGroup that failed leaves its task marked as cancelled on Python 3.11.
-            await asyncio.create_task(loop.run())
+            self._tasks[name] = task = asyncio.create_task(loop.run())
+            await task
             error = "it returned"
+        except asyncio.CancelledError:
+            if cancelled():
+                raise
+            error = "it was cancelled"  # By the watch.
         except Exception as failure:
             error = describe(failure)
             if not _expected(failure):
                 log.error("loop_failed", loop=name, exc_info=failure)
         finally:
             health.running = False
-            self._figures.healthy.labels(name).set(0)
+            self._tell(name)
+        if health.hung:
+            error = f"{', '.join(health.hung)} hung: {error}"
         health.restarts += 1
         health.error = error
         self._figures.restarts.labels(name).inc()
         return error
+
+    async def _watch(self) -> None:
+        then = self._clock()
+        while True:
+            await asyncio.sleep(WATCH_S)
+            then, elapsed_s = (now := self._clock()), now - then
+            for name, watch in self._watches.items():
+                if hung := watch.look(elapsed_s):
+                    self._end(name, hung)
+                self._tell(name)
+
+    def _end(self, name: str, hung: Sequence[str]) -> None:
+        """Cancels a loop that hangs: `_keep` starts it again. One that does not end is cancelled again in time."""
+        watch = self._watches[name]
+        for part in hung:
+            log.error("loop_hung", loop=part, silent_s=round(watch.silent_s[part], 1))
+            self._figures.hangs.labels(part).inc()
+        self.health[name].hung = tuple(hung)
+        watch.forgive()
+        self._tasks[name].cancel()
+
+    def _tell(self, name: str) -> None:
+        """How a loop and its parts are doing, in figures."""
+        health = self.health[name]
+        for part, silent_s in self._watches[name].silent_s.items():
+            self._figures.healthy.labels(part).set(health.running and part not in health.hung)
+            self._figures.silent.labels(part).set(silent_s)
+        self._figures.healthy.labels(name).set(health.well)
 
 
 def _expected(failure: BaseException) -> bool:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from itertools import count
 from random import Random
+from time import monotonic
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from entitlement.errors import Unavailable
+from ledger_sync.beat import Beat
 from ledger_sync.telemetry import Figures
 from ledger_sync.worker import Loop, Worker, describe, uninterrupted
 
@@ -22,6 +25,7 @@ class Scripted:
 
     def __init__(self, *failures: Exception | None) -> None:
         self._failures = list(failures)
+        self.beats: dict[str, Beat] = {}
         self.steady = asyncio.Event()
         self.ran = asyncio.Event()
         self.runs = 0
@@ -43,8 +47,11 @@ class Scripted:
 
 
 @asynccontextmanager
-async def running(**loops: Loop) -> AsyncIterator[Worker]:
-    worker = Worker(loops, figures=Figures(CollectorRegistry()), random=Random(1))
+async def running(
+    clock: Callable[[], float] = monotonic, registry: CollectorRegistry | None = None, **loops: Loop
+) -> AsyncIterator[Worker]:
+    figures = Figures(registry or CollectorRegistry())
+    worker = Worker(loops, figures=figures, random=Random(1), clock=clock)
     task = asyncio.create_task(worker.run())
     yield worker
     task.cancel()
@@ -94,6 +101,73 @@ async def test_health_shows_a_loop_that_is_down() -> None:
             await asyncio.sleep(0)
         assert not worker.health["it"].running
         assert worker.health["it"].error == "Unavailable: away"
+
+
+class Hanging(Scripted):
+    """Goes round, but for the first time that it runs: then one of its parts hangs."""
+
+    def __init__(self, part: str = "") -> None:
+        super().__init__()
+        self.part = part
+        self.beats = {"": Beat(3.0), "part": Beat(3.0)}
+        self.swallows = 0  # cancellations
+
+    async def run(self) -> None:
+        self.runs += 1
+        with self.beats[""], self.beats["part"]:
+            while True:
+                for name, beat in self.beats.items():
+                    if self.runs > 1 or name != self.part:
+                        beat()
+                if self.runs > 1:
+                    self.steady.set()
+                try:
+                    await asyncio.sleep(0.01)
+                except asyncio.CancelledError:
+                    self.swallows -= 1
+                    if self.swallows < 0:
+                        raise
+
+
+@pytest.mark.parametrize(("part", "label"), [("", "it"), ("part", "it.part")])
+async def test_a_loop_that_hangs_is_started_again_and_counted(part: str, label: str) -> None:
+    loop, good, registry = Hanging(part), Scripted(), CollectorRegistry()
+
+    def figure(name: str, loop: str) -> float | None:
+        return registry.get_sample_value(f"entitlement_sync_loop_{name}", {"loop": loop})
+
+    seconds = count()  # The clock goes on by a second with each look.
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        running(clock=lambda: next(seconds), registry=registry, it=loop, good=good) as worker,
+    ):
+        await loop.steady.wait()
+        health = worker.health["it"]
+        assert (loop.runs, health.running, health.restarts, health.hung) == (2, True, 1, ())
+        assert health.error == f"{label} hung: it was cancelled"
+        assert (figure("hangs_total", label), figure("restarts_total", "it")) == (1, 1)
+        assert figure("healthy", label) == figure("healthy", "it") == figure("healthy", "good") == 1
+        assert good.runs == 1
+
+
+async def test_health_names_the_part_that_hangs_until_it_has_ended() -> None:
+    loop = Hanging("part")
+    loop.swallows = 1  # As asyncio.wait_for may do on Python 3.11: it is cancelled once more.
+    seconds, registry = count(), CollectorRegistry()
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        running(clock=lambda: next(seconds), registry=registry, it=loop) as worker,
+    ):
+        health = worker.health["it"]
+        while not health.hung:  # noqa: ASYNC110  It is not told otherwise.
+            await asyncio.sleep(0.01)
+        assert (health.hung, health.running, health.well) == (("it.part",), True, False)
+        healthy = [
+            registry.get_sample_value("entitlement_sync_loop_healthy", {"loop": name}) for name in ("it", "it.part")
+        ]
+        assert healthy == [0, 0]
+        await loop.steady.wait()
+        assert health.well
 
 
 async def test_work_in_hand_is_finished_before_a_cancellation_goes_on() -> None:
