@@ -174,7 +174,7 @@ class Auditor:
             if drift:
                 self.audit.drift_nanos += abs(drift)
                 self._note("I4", "drift", customer.id, f"hot {left}", f"ledger {customer.granted - spent[customer.id]}")
-            if account.settled != spent[customer.id]:
+            if account.settled != spent[customer.id] and not customer.rolls:
                 self._note("I4", "settled drift", customer.id, f"hot {account.settled}", f"ledger {spent[customer.id]}")
 
     def events(self, books: Books, published: Published) -> None:

@@ -10,11 +10,14 @@ import asyncio
 import errno
 import functools
 import importlib
+import itertools
 import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Final, Literal
+from random import Random
+from types import ModuleType
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -28,7 +31,7 @@ class Point(msgspec.Struct, frozen=True):
     module: str
     of: str  # Class.method
     when: Literal["before", "after"]
-    what: Literal["kill", "eio"] = "kill"
+    what: Literal["kill", "eio", "eio once", "tear"] = "kill"
 
 
 POINTS: Final = {
@@ -40,9 +43,11 @@ POINTS: Final = {
     "install.after": Point("ledger_sync.hot_store", "HotStore.install", "after"),
     # gateway
     "consume.after_reply": Point("gateway.store.redis_store", "RedisStore.consume", "after"),
-    "receipts.before_sync": Point("gateway.receipts", "Receipts._sync", "before"),
-    "receipts.after_sync": Point("gateway.receipts", "Receipts._sync", "after"),
-    "receipts.eio": Point("gateway.receipts", "Receipts._sync", "before", "eio"),
+    "receipts.before_sync": Point("gateway.receipts.writer", "sync", "before"),
+    "receipts.after_sync": Point("gateway.receipts.writer", "sync", "after"),
+    "receipts.eio": Point("gateway.receipts.writer", "sync", "before", "eio"),
+    "receipts.eio_once": Point("gateway.receipts.writer", "sync", "before", "eio once"),
+    "receipts.torn": Point("gateway.receipts.writer", "Writer._write", "before", "tear"),  # as power fails
 }
 
 
@@ -51,7 +56,7 @@ def exists(name: str) -> bool:
     point = POINTS[name]
     try:
         found: object = importlib.import_module(point.module)
-    except ModuleNotFoundError:
+    except ImportError:
         return False
     for part in point.of.split("."):
         found = getattr(found, part, None)
@@ -64,7 +69,36 @@ def install(name: str, number: int) -> None:
     *path, method = point.of.split(".")
     for part in path:
         owner = getattr(owner, part)
-    setattr(owner, method, _wrapped(getattr(owner, method), point.when, _counted(_ACTIONS[point.what], number)))
+    original = getattr(owner, method)
+    if point.what == "tear":
+        setattr(owner, method, _tearing(importlib.import_module(point.module), original, number))
+    else:
+        counted = _counted(_ACTIONS[point.what], number, once=point.what == "eio once")
+        setattr(owner, method, _wrapped(original, point.when, counted))
+
+
+def _tearing(module: ModuleType, original: Callable[[Any, Any], None], number: int) -> Callable[[Any, Any], None]:
+    """A write that is cut short somewhere, before its sync, by the end of everything."""
+    calls = itertools.count(1)
+
+    def write(writer: Any, bodies: Any) -> None:
+        if next(calls) == number:
+            before = writer._segment
+            start = before.end if before else module.HEADER_BYTES
+
+            def tear(fd: int) -> None:
+                rotated = writer._segment is not before
+                end = os.fstat(fd).st_size
+                first = module.HEADER_BYTES if rotated else start
+                size = sum(map(len, bodies)) + module.FRAME_BYTES * len(bodies)
+                os.ftruncate(fd, first + Random(number).randrange(size))
+                os.ftruncate(fd, end)
+                _kill()
+
+            module.sync = tear  # type: ignore[attr-defined]
+        original(writer, bodies)
+
+    return write
 
 
 def _wrapped(original: Callable[..., object], when: str, act: Action) -> Callable[..., object]:
@@ -96,14 +130,14 @@ def _wrapped_async(original: Method, when: str, act: Action) -> Method:
     return wrapper
 
 
-def _counted(act: Action, number: int) -> Action:
-    """Does nothing until it is called for the so-manieth time, and then every time."""
+def _counted(act: Action, number: int, *, once: bool) -> Action:
+    """Does nothing until it is called for the so-manieth time, and then every time unless `once`."""
     calls = 0
 
     def counted() -> None:
         nonlocal calls
         calls += 1
-        if calls >= number:
+        if calls == number or (calls > number and not once):
             act()
 
     return counted
@@ -117,7 +151,7 @@ def _eio() -> None:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-_ACTIONS: Final[dict[str, Action]] = {"kill": _kill, "eio": _eio}
+_ACTIONS: Final[dict[str, Action]] = {"kill": _kill, "eio": _eio, "eio once": _eio}
 
 
 def main(module: str, failpoints: list[str]) -> int:

@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 
 from gateway.settings import Settings as GatewaySettings
+from tests.faults.disk import SmallDisk
 from tests.faults.processes import Database, Hot, Program, until
 from tests.faults.proxy import Wire, Wires
 
@@ -29,10 +30,12 @@ class Options(msgspec.Struct, frozen=True):
     transport: str = "grpcio"
     replica: bool = True
     replica_delay_ms: float = 10.0
-    appendfsync: str = "everysec"
+    appendfsync: str = "everysec" if RECEIPTS else "always"  # Without receipts, what it answers must be in its file.
     gateway: Mapping[str, str] = {}  # more settings, in capitals
     sync: Mapping[str, str] = {}
     database: Mapping[str, str] = {}  # lines of postgresql.conf
+    disk_mib: int = 0  # a small disk
+    on_disk: str = ""  # what lies there: receipts, database
 
 
 class Cluster:
@@ -41,6 +44,9 @@ class Cluster:
     def __init__(self, options: Options, seed: int = 0) -> None:
         self.options = options
         self.folder = Path(tempfile.mkdtemp(prefix="faults-"))
+        self.disk: SmallDisk | None = None
+        if options.disk_mib:
+            self.disk = SmallDisk(self.folder / "disk", options.disk_mib)
         self.events = self.folder / "events.jsonl"
         self._wires = Wires(seed)
         self.database: Database
@@ -53,9 +59,9 @@ class Cluster:
 
     def start(self) -> None:
         self.primary = self.hot()
-        self.database = Database(self.options.database)
+        self.database = Database(self.options.database, self._small("database"))
         self.replication = self._wires.wire(self.primary.path)
-        self.gateway_wire = self._wires.wire(self.primary.path)
+        self.gateway_wires = [self._wires.wire(self.primary.path) for _ in range(self.options.gateways)]
         self.sync_wire = self._wires.wire(self.primary.path)
         self.database_wire = self._wires.wire(self.database.path)
         self.replication.back.slow(self.options.replica_delay_ms)
@@ -74,6 +80,8 @@ class Cluster:
             if server is not None:
                 server.stop()
         self._wires.stop()
+        if self.disk:
+            self.disk.unmount()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
@@ -88,12 +96,13 @@ class Cluster:
 
     @property
     def wires(self) -> tuple[Wire, ...]:
-        return (self.replication, self.gateway_wire, self.sync_wire, self.database_wire)
+        return (self.replication, *self.gateway_wires, self.sync_wire, self.database_wire)
 
-    def hot(self, **settings: str) -> Hot:
-        """Another hot store, on its own."""
+    def hot(self, clock_s: int = 0, **settings: str) -> Hot:
+        """Another hot store, on its own; its clock is ahead by so much."""
         lines = {"appendonly": "yes", "appendfsync": self.options.appendfsync, "maxmemory_policy": "noeviction"}
-        return Hot(**(lines | {"repl_diskless_sync_delay": "0", "repl_timeout": "60"} | settings))
+        lines |= {"repl_diskless_sync_delay": "0", "repl_timeout": "60", "enable_protected_configs": "local"}
+        return Hot(clock_s, **(lines | settings))
 
     def wire(self, upstream: Path) -> Wire:
         """Another wire."""
@@ -101,9 +110,11 @@ class Cluster:
 
     # What may happen to it.
 
-    def new_replica(self) -> None:
+    def new_replica(self, clock_s: int = 0) -> None:
         """A fresh replica of the primary, which has all of it when this returns."""
-        self.replica = self.hot()
+        if self.replica is not None:
+            self.replica.stop()
+        self.replica = self.hot(clock_s)
         self.replica.follow(self.replication.port)
 
     def fail_over(self) -> None:
@@ -111,23 +122,26 @@ class Cluster:
         self.lose_primary()
         self.new_replica()
 
-    def lose_primary(self) -> None:
-        """As `fail_over`, and there is no replica then."""
+    def lose_primary(self, told: bool = True) -> None:
+        """As `fail_over`, and there is no replica then. Unless `told`, clients do not find the new primary yet."""
         assert self.replica is not None
         self.primary.kill()
         self.replication.refuse()
         self.replication.cut()  # What was on its way is lost with it.
         self.replica.promote()
         dead, self.primary, self.replica = self.primary, self.replica, None
-        self.lead_to(self.primary)
+        self.replication.lead_to(self.primary.path)
+        if told:
+            self.lead_to(self.primary)
         self.replication.refuse(False)
         dead.stop()
 
     def lead_to(self, hot: Hot) -> None:
         """Clients find this one from now on."""
-        for wire in (self.replication, self.gateway_wire, self.sync_wire):
+        clients = (*self.gateway_wires, self.sync_wire)
+        for wire in (self.replication, *clients):
             wire.lead_to(hot.path)
-        for wire in (self.gateway_wire, self.sync_wire):
+        for wire in clients:
             wire.cut()
 
     def restart_hot(self, *, empty: bool = False) -> None:
@@ -156,9 +170,8 @@ class Cluster:
         self.syncs.append(self._sync(len(self.syncs)))
         return self.syncs[-1]
 
-    def add_gateway(self) -> Program:
-        self.gateways.append(self._gateway(len(self.gateways)))
-        return self.gateways[-1]
+    def end_second_sync(self) -> None:
+        self.syncs.pop().kill()
 
     def in_step(self) -> None:
         """Returns when the replica has what the primary has now."""
@@ -172,6 +185,15 @@ class Cluster:
         named = [(f"gateway {number}", program) for number, program in enumerate(self.gateways)]
         named += [(f"ledger_sync {number}", program) for number, program in enumerate(self.syncs)]
         return "\n".join(f"--- {name} (pid {program.pid}) ---\n{program.output}" for name, program in named)
+
+    def _small(self, what: str) -> Path | None:
+        """The small disk, for what shall lie there."""
+        return self.disk.path if self.disk and self.options.on_disk == what else None
+
+    @property
+    def receipts(self) -> list[Path]:
+        """The files that gateways keep receipts in."""
+        return sorted((self._small("receipts") or self.folder).glob("receipts/**/*.receipts"))
 
     def _sync(self, number: int) -> Program:
         settings = {
@@ -187,11 +209,11 @@ class Cluster:
     def _gateway(self, number: int) -> Program:
         settings = {
             "LISTEN": self.gateway_address(number),
-            "REDIS_URL": f"redis://127.0.0.1:{self.gateway_wire.port}",
+            "REDIS_URL": f"redis://127.0.0.1:{self.gateway_wires[number].port}",
             "TRANSPORT": self.options.transport,
         }
         if RECEIPTS:
-            folder = self.folder / f"receipts-{number}"
+            folder = (self._small("receipts") or self.folder) / "receipts"
             folder.mkdir(exist_ok=True)
             settings |= {"DURABILITY": self.options.durability, "RECEIPTS_DIR": str(folder)}
         named = {

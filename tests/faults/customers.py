@@ -38,6 +38,7 @@ class Customer(msgspec.Struct, frozen=True):
     most_nanos: int
     most_units: int = 0
     weight: int = 1  # of the load
+    rolls: bool = False  # its period ends in the middle of the run
 
 
 def put_catalogue(admin: str) -> None:

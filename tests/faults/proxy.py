@@ -150,14 +150,16 @@ class Wire:
     ) -> None:
         up_reader, up_writer = await asyncio.open_unix_connection(str(self._upstream))
         self._live[task] = (writer, up_writer)
-        async with asyncio.TaskGroup() as group:
-            ways = (
-                group.create_task(self._pump(reader, up_writer, self.towards, self._count)),
-                group.create_task(self._pump(up_reader, writer, self.back, lambda _: None)),
-            )
+        ways = (
+            asyncio.create_task(self._pump(reader, up_writer, self.towards, self._count)),
+            asyncio.create_task(self._pump(up_reader, writer, self.back, lambda _: None)),
+        )
+        try:
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
             for way in ways:  # One end is gone: so is the other.
                 way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
 
     def _count(self, size: int) -> None:
         self.carried += size

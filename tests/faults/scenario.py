@@ -24,8 +24,8 @@ from tests.faults import witnesses
 from tests.faults.auditor import Audit, Auditor
 from tests.faults.cluster import Cluster
 from tests.faults.customers import Customer, put_catalogue, put_customers
-from tests.faults.load import Load, flowing, stubs
-from tests.stacks import CHANNEL
+from tests.faults.load import INSIST_S, Load, Outcome, flowing, stubs
+from tests.stacks import CHANNEL, persist
 
 CONVERGE_S: Final = 30.0
 ANSWER_S: Final = 60.0  # for what nobody knew, once all is healed
@@ -58,6 +58,7 @@ class Rest(msgspec.Struct):
     at_rest: bool = False
     drift_nanos: int = 0  # by the product's own proof
     left: str = ""
+    refused: int = 0
 
 
 class Run:
@@ -80,6 +81,10 @@ class Run:
         """Some more answers."""
         await self.load.more(self.random.randrange(least, most + 1))
 
+    def note(self, text: str) -> None:
+        """A figure of this case, for its line."""
+        self.notes.append(text)
+
     async def prepare(self) -> None:
         admin = self.cluster.admin_address()
         await off(put_catalogue, admin)
@@ -87,15 +92,48 @@ class Run:
         books = await witnesses.read_books(self.cluster.database.dsn, [])
         self._quarantined = books.quarantined
 
+    async def grant(self, customer: Customer, amount: int) -> None:
+        """More credit, under one id, asked for until it is answered."""
+        grant = ledger_pb2.Grant(id=f"{customer.id}-{self.random.getrandbits(64):x}", customer=customer.id)
+        grant.amount_nanos = amount
+        async with grpc.aio.insecure_channel(self.cluster.admin_address(), options=CHANNEL) as channel:
+            await persist(lambda: LedgerAdminStub(channel).CreateGrant(grant, timeout=30))
+        place = next(at for at, known in enumerate(self.customers) if known.id == customer.id)
+        known = self.customers[place]
+        self.customers[place] = msgspec.structs.replace(
+            known, granted=known.granted + amount, most_nanos=known.most_nanos + amount
+        )
+
+    async def settled(self, within_s: float = CONVERGE_S) -> float:
+        """Seconds until the ledger has what has been answered by now."""
+        began = monotonic()
+        wanted = {record.key for record in self.load.of(Outcome.OK)}
+        names = [customer.id for customer in self.customers]
+        while wanted - (await witnesses.read_books(self.cluster.database.dsn, names)).booked.keys():
+            assert monotonic() < began + within_s, "the ledger does not come to what was answered"
+            await asyncio.sleep(LOOK_AGAIN_S)
+        return monotonic() - began
+
+    async def warm(self) -> None:
+        """Every customer's account is in the hot store when this returns."""
+        await self.load.ask_again([self.load.draw(customer=customer) for customer in self.customers], ANSWER_S)
+
     async def converge(self, *, strict: bool = True) -> None:
         """Phase B: everything is healed, what nobody knew is asked again, and the journal and the outbox run dry."""
         began = monotonic()
         await off(self.cluster.heal)
         await self.load.ask_again([r for r in self.load.records.values() if r.answer is None], ANSWER_S)
-        while not self.rest.at_rest and monotonic() < began + CONVERGE_S + ANSWER_S:
-            await self._look(strict)
+        known = monotonic()
+        while not self.rest.at_rest and monotonic() < known + CONVERGE_S:
+            try:
+                await self._look(strict)
+            except grpc.aio.AioRpcError as error:  # It is not well again yet.
+                self.rest.left = f"Verify: {error.code().name} {error.details()}"
+                self.rest.refused += 1
             await asyncio.sleep(LOOK_AGAIN_S)
         self.rest.took_s = monotonic() - began
+        if self.rest.refused:
+            self.note(f"Verify failed {self.rest.refused} times before it answered")
 
     async def _look(self, strict: bool) -> None:
         """Whether all is at rest. Verify is asked last: it waits itself."""
@@ -136,7 +174,7 @@ class Run:
     async def _alive(self, auditor: Auditor) -> None:
         """I9: both say SERVING, and a charge is in the ledger within a second again."""
         for address in (*self.cluster.addresses, self.cluster.admin_address()):
-            auditor.rest(f"health of {address.rpartition('/')[2]}", "SERVING", await health(address))
+            auditor.rest(f"health of {address.rpartition('/')[2]}", "SERVING", await healthy(address))
         deadline = monotonic() + CONVERGE_S
         self.rest.lag_s = await self._lag()
         while self.rest.lag_s > LAG_S and monotonic() < deadline:
@@ -174,6 +212,8 @@ async def play(
     wounds: bool = False,
     callers: int = 16,
     pace_s: float = 0.01,
+    insist_s: float = INSIST_S,
+    only: Callable[[Customer], bool] = lambda _: True,
 ) -> Audit:
     """Plays a case: `fault`, `n` times, while the load flows; then phase B and the audit, whose line is printed.
 
@@ -184,7 +224,8 @@ async def play(
     try:
         await run.prepare()
         async with stubs(cluster.addresses) as gateways:
-            run.load = Load(gateways, run.customers, run.random, callers=callers, pace_s=pace_s)
+            asking = [customer for customer in run.customers if only(customer)]
+            run.load = Load(gateways, asking, run.random, callers=callers, pace_s=pace_s, insist_s=insist_s)
             async with flowing(run.load):
                 for run.rounds in range(1, n + 1):
                     await fault(run)
@@ -198,6 +239,14 @@ async def play(
         pytest.fail(f"{run.line(audit)}\n{audit.shown()}\n{cluster.report()}", pytrace=False)
     cluster.clean = not audit.findings
     return audit
+
+
+async def healthy(address: str) -> str:
+    """What it says of itself: at the latest after the time in which it has to be well again."""
+    deadline = monotonic() + CONVERGE_S
+    while (said := await health(address)) != "SERVING" and monotonic() < deadline:  # noqa: ASYNC110  It is elsewhere.
+        await asyncio.sleep(LOOK_AGAIN_S)
+    return said
 
 
 async def health(address: str) -> str:
