@@ -3,7 +3,8 @@
 Fields of the hash (times are ms since 1970; entitlement/lua/account.lua reads and writes the same):
 
 c   text: status billing plan credit_type entitled recurrence anchor credit_line gate_percent thresholds
-    (alone: 'missing', the ledger has no such customer; 'frozen', it is being built anew). plan is 'now|until:before|...', the untils ascending
+    (alone: 'missing', the ledger has no such customer; 'frozen', it is being built anew). plan is
+    'now|until:before|...', the untils ascending
 d   packed doubles: epoch sequence version period_start period_end, then as pairs settled held overage allowance gate
     next_crossing, then crossings; then the crossed thresholds as zero-terminated text ('80,90' or '-')
 g   packed, for each grant with something left, in burn order: no remaining(pair) effective expires, its features as

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from entitlement.catalog import Feature, Kind, RateCard
+from entitlement.catalog import Durability, Feature, Kind, RateCard
 from entitlement.errors import InvalidArgument
 from entitlement.identity import check_name
 from entitlement.quantity import MAX_PRICE, within
@@ -25,7 +25,8 @@ def checked_feature(message: pb.Feature) -> Feature:
     check_text("value", message.value, MAX_VALUE_BYTES)
     if message.value and kind is not Kind.STATIC:
         raise InvalidArgument("value", f"is what a STATIC feature hands out; this one is {kind.name}")
-    return Feature(message.key, kind, message.unit, message.shadow, message.value)
+    durability = Durability(check_known("durability", message.durability, tuple(map(int, Durability))))
+    return Feature(message.key, kind, message.unit, message.shadow, message.value, durability)
 
 
 def checked_rates(card: pb.RateCard) -> tuple[Rate, ...]:
@@ -81,6 +82,7 @@ def feature_message(feature: Feature) -> pb.Feature:
         unit=feature.unit,
         shadow=feature.shadow,
         value=feature.value,
+        durability=int(feature.durability),  # type: ignore[arg-type]
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from entitlement.catalog import Catalogs, Feature, Kind, RateCard, Snapshot
+from entitlement.catalog import Catalogs, Durability, Feature, Kind, RateCard, Snapshot
 from entitlement.errors import InvalidArgument
 from entitlement.identity import check_id
 from entitlement.rating import Rate
@@ -41,12 +41,14 @@ class CatalogStore:
                 return feature_message(feature)
             await self._check_feature_fits(connection, feature, row)
             await connection.execute(
-                """INSERT INTO features (tenant, key, kind, unit, shadow, value) VALUES ($1, $2, $3, $4, $5, $6)
-                   ON CONFLICT (tenant, key) DO UPDATE SET unit = $4, shadow = $5, value = $6""",
+                """INSERT INTO features (tenant, key, kind, unit, shadow, value, durability)
+                   VALUES ($1, $2, $3, $4, $5, $6, $7)
+                   ON CONFLICT (tenant, key) DO UPDATE SET unit = $4, shadow = $5, value = $6, durability = $7""",
                 *(self._tenant, feature.key, int(feature.kind), feature.unit, feature.shadow, feature.value),
+                int(feature.durability),
             )
             await rate_cards.count_up(connection, self._tenant)
-            detail = f"unit={feature.unit!r} shadow={feature.shadow}"
+            detail = f"unit={feature.unit!r} shadow={feature.shadow} durability={feature.durability.name}"
             await changes.audit(connection, self._tenant, actor, "PutFeature", feature.key, detail)
         return feature_message(feature)
 
@@ -173,4 +175,6 @@ async def _generation(connection: Connection, tenant: str) -> int:
 
 
 def _feature(row: Row) -> Feature:
-    return Feature(row["key"], Kind(row["kind"]), row["unit"], row["shadow"], row["value"])
+    return Feature(
+        row["key"], Kind(row["kind"]), row["unit"], row["shadow"], row["value"], Durability(row["durability"])
+    )

@@ -76,7 +76,7 @@ class Lane:
         self._linger_s = linger_ms / 1000
         self._figures = figures
         self._on_commit = on_commit
-        self._opening = 0  # of the hot store that is read
+        self.opening: int | None = None  # of the hot store that is read
         self._in_hand = False
         self._asked = asyncio.Event()  # someone waits: do not linger
         self._done = asyncio.Event()  # of the batch in hand
@@ -87,19 +87,20 @@ class Lane:
             with self.beat:
                 await self._run(lease)
         finally:
+            self.opening = None
             self._in_hand = False
             self._done.set()
 
     async def _run(self, lease: Lease) -> None:
         opening = await self._ledger.opening()
-        self._opening = opening.number
+        self.opening = opening.number
         await self.reader.join(opening)
         async for entries in self.reader.pending():
             self.beat()
             batch = Batch()
             batch.add(entries)
             await uninterrupted(self._settle(batch))
-        await self.reader.tell_settled(self._opening)
+        await self.reader.tell_settled(opening.number)
         while True:
             self.beat()
             lease.check()
@@ -140,13 +141,13 @@ class Lane:
             oldest_ms = min([posted.record.recorded_ms for posted in batch.posted])
             self._figures.age.observe(max(0.0, time() - oldest_ms / 1000))
         self._figures.batch.observe(monotonic() - started)
-        await self.reader.acknowledge(batch.ids, self._opening)
+        await self.reader.acknowledge(batch.ids, self.opening or 0)
 
     async def _book(self, records: Sequence[Posted]) -> None:
         """Books what the database takes, by halves if need be; what it refuses is passed over, with its reason."""
         self.beat()
         try:
-            outcome = await self._ledger.post(records, opening=self._opening)
+            outcome = await self._ledger.post(records, opening=self.opening)
         except LedgerRefused as refused:
             if len(records) > 1:
                 middle = len(records) // 2
@@ -159,7 +160,7 @@ class Lane:
 
     async def _pass_over(self, record: Posted, why: str) -> None:
         try:
-            outcome = await self._ledger.post([record], refused=why, opening=self._opening)
+            outcome = await self._ledger.post([record], refused=why, opening=self.opening)
         except LedgerRefused:  # Not even its account's position can move: the next record will show the gap.
             rejected = [Rejected(record.arrival, Reason.REFUSED, why)]
             await self._ledger.quarantine(rejected)
@@ -254,22 +255,23 @@ class Drain:
     async def _run(self) -> None:
         async with self._ledger.presence(LEASE) as presence, asyncio.TaskGroup() as group:
             group.create_task(self._watch_lag())
-            opening = (await self._ledger.opening()).number
             while True:
                 self._beat()
                 await self._share(presence, group)
-                if (now := (await self._ledger.opening()).number) != opening:
-                    raise Stale(f"opening {opening} of the hot store is over: {now} has begun")
+                if ended := await presence.end_silent():
+                    log.warning("silent_transactions_ended", count=ended)
                 self._figures.lanes.set(len(self._serving))
                 await asyncio.sleep(SHARE_EVERY_S)
 
     async def _share(self, presence: Presence, group: asyncio.TaskGroup) -> None:
         """Gives up the lanes beyond a fair share, takes free ones up to it."""
+        opening = (await self._ledger.opening()).number
         share = -(-len(self._lanes) // max(1, await presence.count()))
-        for number in self.serving[share:]:
-            task = self._serving.pop(number)
-            task.cancel()
-            await asyncio.wait([task])
+        over = [number for number in self.serving if self._lanes[number].opening not in (None, opening)]
+        for number in dict.fromkeys((*over, *self.serving[share:])):
+            if task := self._serving.pop(number, None):
+                task.cancel()
+                await asyncio.wait([task])
         for number in range(len(self._lanes)):
             if len(self._serving) >= share:
                 return
@@ -285,8 +287,13 @@ class Drain:
     async def _serve(self, number: int, taken: asyncio.Future[bool]) -> None:
         async with self._ledger.try_lease(f"{LEASE}/{number}/{len(self._lanes)}") as lease:
             taken.set_result(lease is not None)
-            if lease is not None:
+            if lease is None:
+                return
+            try:
                 await self._lanes[number].run(lease)
+            except Stale as over:
+                log.warning("a lane begins anew", lane=number, why=str(over))
+                self._serving.pop(number, None)
 
     async def settled(self, partition: int, stream_id: str) -> None:
         """Returns when the ledger has every record of the partition's journal up to that id. Bound it by a deadline.

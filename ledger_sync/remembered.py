@@ -1,6 +1,6 @@
-"""The first memory of idempotency, put together again from the second: what the hot store answered lately goes back into
-it with an account that is built anew. So a receipt, or a caller who asks again, finds its answer there instead of being
-charged and given back.
+"""The first memory of idempotency, put together again from the second: what the hot store answered lately goes back
+into it with an account that is built anew. So a receipt, or a caller who asks again, finds its answer there instead of
+being charged and given back.
 """
 
 from __future__ import annotations

@@ -60,3 +60,9 @@ def seed() -> int:
     value = int(os.environ.get("TEST_SEED") or random.SystemRandom().randrange(2**32))
     print(f"seed {value}: run again with TEST_SEED={value}")
     return value
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What a gateway keeps where nobody says otherwise goes with the run."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))

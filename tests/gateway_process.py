@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ from entitlement.v1.gateway_pb2_grpc import EntitlementGatewayStub
 from gateway.transport import envoy
 from tests.gateway_rig import CHANNEL, card, publish
 from tests.hot_stores import CUSTOMER, TENANT, TOKENS, account
+from tests.openings import vouch
 from tests.servers import DEADLINE_S, ServerProcess
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ class GatewayProcess(ServerProcess):
         self.path = self.folder / "gateway.sock"
         given = {"transport": transport, "redis_url": redis_url, "tenant": TENANT, "log_level": "error"}
         given |= {"listen": f"127.0.0.1:0,unix:{self.path}", "redis_timeout_ms": 10_000}
+        given |= {"receipts_dir": self.folder / "receipts"}
+        with suppress(redis.RedisError, ValueError), redis.Redis.from_url(redis_url) as client:
+            vouch(client)
         environment = {f"ENTITLEMENT_GATEWAY_{name.upper()}": f"{value}" for name, value in (given | settings).items()}
         argv = ["env", *(f"{name}={value}" for name, value in environment.items()), sys.executable, "-m", "gateway"]
         super().__init__(argv, ready=r"ready gateway=(\S+)", cwd=ROOT)

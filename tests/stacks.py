@@ -72,10 +72,11 @@ def environment(transport: str, more: Env | None = None) -> dict[Name, dict[str,
     return settings
 
 
-def on_sockets(folder: Path, transport: str) -> DevStack:
+def on_sockets(folder: Path, transport: str, durability: str = "receipt") -> DevStack:
     """A stack on Unix sockets: nobody else takes such an address while a process is down."""
     gateway, admin = f"unix:{folder}/gateway.sock", f"unix:{folder}/admin.sock"
-    return DevStack(folder / "data", gateway=gateway, admin=admin, env=environment(transport))
+    env = environment(transport, {"gateway": {"ENTITLEMENT_GATEWAY_DURABILITY": durability}})
+    return DevStack(folder / "data", gateway=gateway, admin=admin, env=env)
 
 
 def card(plan: str, *rates: Rate) -> ledger_pb2.RateCard:

@@ -69,11 +69,33 @@ class Feature(_message.Message):
     BOOLEAN: Feature.Kind.ValueType  # 2
     STATIC: Feature.Kind.ValueType  # 3
 
+    class _Durability:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _DurabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Feature._Durability.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        DURABILITY_UNSPECIFIED: Feature._Durability.ValueType  # 0
+        REDIS: Feature._Durability.ValueType  # 1
+        RECEIPT: Feature._Durability.ValueType  # 2
+        RECEIPT_REPLICA: Feature._Durability.ValueType  # 3
+
+    class Durability(_Durability, metaclass=_DurabilityEnumTypeWrapper):
+        """What a grant rests on before it is answered; unspecified: as the gateway is set. REDIS: the hot store alone, whose
+        failover loses the end of what was granted. RECEIPT: the gateway's own disk too. RECEIPT_REPLICA: and a replica.
+        """
+
+    DURABILITY_UNSPECIFIED: Feature.Durability.ValueType  # 0
+    REDIS: Feature.Durability.ValueType  # 1
+    RECEIPT: Feature.Durability.ValueType  # 2
+    RECEIPT_REPLICA: Feature.Durability.ValueType  # 3
+
     KEY_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
     SHADOW_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
+    DURABILITY_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     kind: Global___Feature.Kind.ValueType
     unit: _builtins.str
@@ -82,6 +104,7 @@ class Feature(_message.Message):
     """decide and record, never deny"""
     value: _builtins.str
     """STATIC: the configuration handed out"""
+    durability: Global___Feature.Durability.ValueType
     def __init__(
         self,
         *,
@@ -90,10 +113,11 @@ class Feature(_message.Message):
         unit: _builtins.str = ...,
         shadow: _builtins.bool = ...,
         value: _builtins.str = ...,
+        durability: Global___Feature.Durability.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "kind", b"kind", "shadow", b"shadow", "unit", b"unit", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durability", b"durability", "key", b"key", "kind", b"kind", "shadow", b"shadow", "unit", b"unit", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,6 +17,11 @@ ID: Final = Alphabet(is_id, "an id: 1..128 of A-Z a-z 0-9 . _ ~ @ / + = -")
 NAME: Final = Alphabet(is_name, "a name: 1..64 of a-z 0-9 . _ -, a letter first")
 DIMENSION: Final = Alphabet(is_value, "1..128 of A-Z a-z 0-9 . _ ~ @ / + -")
 
+DURABILITIES: Final = {
+    "redis": pb.Feature.REDIS,
+    "receipt": pb.Feature.RECEIPT,
+    "receipt+replica": pb.Feature.RECEIPT_REPLICA,
+}
 FEATURE_KINDS: Final = {"metered": pb.Feature.METERED, "boolean": pb.Feature.BOOLEAN, "static": pb.Feature.STATIC}
 STATUSES: Final = {"active": pb.Customer.ACTIVE, "suspended": pb.Customer.SUSPENDED, "closed": pb.Customer.CLOSED}
 BILLINGS: Final = {"prepaid": pb.Contract.PREPAID, "arrears": pb.Contract.ARREARS, "trial": pb.Contract.TRIAL}

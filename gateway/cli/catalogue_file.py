@@ -1,6 +1,6 @@
 """The catalogue file: what may stand in it. Pure: reads the given bytes and nothing else.
 
-    features:    [{key, kind, unit, shadow, value}]
+    features:    [{key, kind, unit, shadow, value, durability}]
     rate_cards:  [{id, credit_type, effective_at, rates: [{feature, match: {dimension: value}, model, per,
                    price  or  tiers: [{up_to, price, flat}]}]}]
     customers:   [{id or range: {prefix, from, to, width}, name, status, subjects: [id or {id, limit, period}],
@@ -26,6 +26,7 @@ from gateway.cli.catalogue import (
     BILLINGS,
     CATEGORIES,
     DIMENSION,
+    DURABILITIES,
     FEATURE_KINDS,
     ID,
     MODELS,
@@ -81,7 +82,7 @@ class _Reader:
                 self.faults.append(fault)
 
     def feature(self, value: Value) -> None:
-        f = value.fields("key", "kind", "unit", "shadow", "value")
+        f = value.fields("key", "kind", "unit", "shadow", "value", "durability")
         kind = f.choice("kind", FEATURE_KINDS, pb.Feature.METERED)
         if kind != pb.Feature.STATIC and (stray := f.get("value")):
             raise stray.fault("no value: only a static feature has one")
@@ -91,6 +92,7 @@ class _Reader:
             unit=f.text("unit"),
             shadow=f.boolean("shadow"),
             value=f.text("value"),
+            durability=f.choice("durability", DURABILITIES, pb.Feature.DURABILITY_UNSPECIFIED),
         )
         self.catalogue.features.append(Item(message.key, message, self._once("feature", message.key, f["key"])))
 

@@ -48,6 +48,7 @@ def _feature(entry: pb.Feature) -> dict[str, str]:
         "unit": entry.unit or "-",
         "shadow": str(entry.shadow),
         "value": entry.value or "-",
+        "durability": pb.Feature.Durability.Name(entry.durability),
     }
 
 

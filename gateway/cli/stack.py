@@ -144,6 +144,7 @@ class DevStack:
         settings = {
             "LISTEN": self._listen["gateway"],
             "REDIS_URL": self.redis_url,
+            "RECEIPTS_DIR": str(self._folder.path / "receipts"),
             "INSECURE": "true",
             "REFLECTION": "true",
         }

@@ -14,3 +14,6 @@ CREATE TABLE fence (
     changed_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 INSERT INTO fence DEFAULT VALUES;
+
+-- What a grant of the feature rests on (Feature.Durability); 0: as the gateway is set.
+ALTER TABLE features ADD COLUMN durability smallint NOT NULL DEFAULT 0;

@@ -61,3 +61,11 @@ def fragile(transport: str, folders: Folders) -> Iterator[DevStack]:
     with on_sockets(folders(), transport) as running:
         put_catalogue(running)
         yield running
+
+
+@pytest.fixture
+def unprotected(transport: str, folders: Folders) -> Iterator[DevStack]:
+    """The same, where a grant rests on the hot store alone."""
+    with on_sockets(folders(), transport, durability="redis") as running:
+        put_catalogue(running)
+        yield running

@@ -239,11 +239,11 @@ class Forgetful(JournalReader):
 
     died = False
 
-    async def acknowledge(self, settled: object) -> None:
+    async def acknowledge(self, settled: object, opening: int = 0) -> None:
         if not self.died:
             self.died = True
             raise ConnectionError("killed after the commit")
-        await super().acknowledge(settled)  # type: ignore[arg-type]
+        await super().acknowledge(settled, opening)  # type: ignore[arg-type]
 
 
 async def test_what_was_committed_and_not_acknowledged_is_recognised(pipe: Pipe, seed: int) -> None:
@@ -281,9 +281,9 @@ class Counting(Ledger):
 
     posts = 0
 
-    async def post(self, batch: Sequence[Posted], refused: str = "") -> Outcome:
+    async def post(self, batch: Sequence[Posted], refused: str = "", opening: int | None = None) -> Outcome:
         self.posts += 1
-        return await super().post(batch, refused)
+        return await super().post(batch, refused, opening)
 
 
 async def test_one_poisonous_record_in_a_batch_of_500_costs_only_itself(
@@ -507,6 +507,10 @@ async def test_a_process_that_is_told_to_stop_finishes_what_it_has_in_hand(
 ) -> None:
     child = await Child.start(valkey_url, database_dsn, PARTITIONS=str(PARTITIONS))
     await pipe.traffic(300, Random(seed))
+    async with asyncio.timeout(DEADLINE_S):
+        while not await pipe.value("SELECT count(*) FROM usage_events"):  # noqa: ASYNC110  Another process books it.
+            await asyncio.sleep(0.01)
+    await pipe.traffic(300, Random(seed), prefix="more")
     assert await child.end(signal.SIGINT) == 0
     for partition in range(PARTITIONS):
         pending = await pipe.redis.xpending(keys.journal(partition), keys.GROUP)

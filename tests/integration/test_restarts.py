@@ -16,7 +16,7 @@ from entitlement.v1 import ledger_pb2
 from gateway.cli.stack import START_ORDER, DevStack, Name
 from gateway.client import Client
 from tests.stacks import Site, on_sockets, persist, price_of, put_catalogue, site
-from tests.traffic import Answer, Traffic, audit, balances_add_up, by_client, by_stub, flowing
+from tests.traffic import Answer, Audit, Traffic, audit, balances_add_up, by_client, by_stub, flowing
 
 KILLS = 10
 CUSTOMERS = 30
@@ -146,20 +146,31 @@ async def test_a_stack_that_ends_whole_and_is_started_again_has_its_balances(
         await asyncio.to_thread(second.stop)
 
 
-async def test_the_audit_sees_what_is_lost_without_the_append_only_file(fragile: DevStack, seed: int) -> None:
-    """The proof of the proof: with the protection off, the same audit must fail."""
+async def forgets(stack: DevStack, seed: int) -> tuple[Audit, list[str]]:
+    """What is found when the hot store is gone, with what the ledger has not seen; and what was allowed of that."""
     random = Random(seed)
-    async with opened(fragile) as (at, customers):
+    async with opened(stack) as (at, customers):
         async with flowing(Traffic(by_stub(at), customers, random)) as traffic:
             await traffic.more(100)
         await proven(at, traffic.answers)
-        await asyncio.to_thread(fragile.kill, "sync")
+        await asyncio.to_thread(stack.kill, "sync")
         await at.hot.config_set("appendonly", "no")
-        async with flowing(unprotected := Traffic(by_stub(at), customers, random)):
-            await unprotected.more(100)
-        await down_and_up(fragile, "valkey")
-        await asyncio.to_thread(fragile.restart, "sync")
+        async with flowing(unseen := Traffic(by_stub(at), customers, random)):
+            await unseen.more(100)
+        await down_and_up(stack, "valkey")
+        await asyncio.to_thread(stack.restart, "sync")
         await at.verified()
-        found = await audit(at, traffic.answers | unprotected.answers)
-        assert found.lost == sorted(answer.key for answer in unprotected.answers.values() if answer.allowed)
-        assert not found.clean
+        found = await audit(at, traffic.answers | unseen.answers)
+    return found, sorted(answer.key for answer in unseen.answers.values() if answer.allowed)
+
+
+async def test_what_the_hot_store_forgot_comes_back_with_the_receipts(fragile: DevStack, seed: int) -> None:
+    found, unseen = await forgets(fragile, seed)
+    assert found.clean and unseen
+
+
+async def test_the_audit_sees_what_is_lost_without_receipts(unprotected: DevStack, seed: int) -> None:
+    """The proof of the proof: with the protection off, the same audit must fail."""
+    found, unseen = await forgets(unprotected, seed)
+    assert found.lost == unseen
+    assert not found.clean
