@@ -302,7 +302,7 @@ async def _translated(deadline_s: float = TIMEOUT_S) -> AsyncIterator[None]:
             yield
     except TimeoutError:
         raise Unavailable(f"hot store: no answer within {deadline_s} s") from None
-    except (RedisError, OSError) as error:
+    except (RedisError, OSError, RuntimeError) as error:  # RuntimeError: uvloop's word for a closed transport.
         raise Unavailable(f"hot store: {type(error).__name__}: {error}") from error
 
 

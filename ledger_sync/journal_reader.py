@@ -225,7 +225,7 @@ async def _translated() -> AsyncIterator[None]:
             yield
     except TimeoutError:
         raise Unavailable(f"hot store: no answer within {TIMEOUT_S} s") from None
-    except (RedisError, OSError) as error:
+    except (RedisError, OSError, RuntimeError) as error:  # RuntimeError: uvloop's word for a closed transport.
         raise Unavailable(f"hot store: {type(error).__name__}: {error}") from error
 
 
