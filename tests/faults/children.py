@@ -51,18 +51,6 @@ POINTS: Final = {
 }
 
 
-def exists(name: str) -> bool:
-    """Whether this product has what the failpoint stands in."""
-    point = POINTS[name]
-    try:
-        found: object = importlib.import_module(point.module)
-    except ImportError:
-        return False
-    for part in point.of.split("."):
-        found = getattr(found, part, None)
-    return found is not None
-
-
 def install(name: str, number: int) -> None:
     point = POINTS[name]
     owner: object = importlib.import_module(point.module)

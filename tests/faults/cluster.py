@@ -10,27 +10,23 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
-from gateway.settings import Settings as GatewaySettings
 from tests.faults.disk import SmallDisk
 from tests.faults.processes import Database, Hot, Program, until
 from tests.faults.proxy import Wire, Wires
 
-RECEIPTS: Final = "durability" in GatewaySettings.__struct_fields__  # whether this product has them
-
 
 class Options(msgspec.Struct, frozen=True):
-    """What kind of deployment. `durability` counts where the product has a choice."""
+    """What kind of deployment."""
 
     durability: str = "receipt"
     gateways: int = 1
     transport: str = "grpcio"
     replica: bool = True
     replica_delay_ms: float = 10.0
-    appendfsync: str = "everysec" if RECEIPTS else "always"  # Without receipts, what it answers must be in its file.
+    appendfsync: str = "everysec"
     gateway: Mapping[str, str] = {}  # more settings, in capitals
     sync: Mapping[str, str] = {}
     database: Mapping[str, str] = {}  # lines of postgresql.conf
@@ -211,11 +207,9 @@ class Cluster:
             "LISTEN": self.gateway_address(number),
             "REDIS_URL": f"redis://127.0.0.1:{self.gateway_wires[number].port}",
             "TRANSPORT": self.options.transport,
+            "DURABILITY": self.options.durability,
+            "RECEIPTS_DIR": str((self._small("receipts") or self.folder) / "receipts"),
         }
-        if RECEIPTS:
-            folder = (self._small("receipts") or self.folder) / "receipts"
-            folder.mkdir(exist_ok=True)
-            settings |= {"DURABILITY": self.options.durability, "RECEIPTS_DIR": str(folder)}
         named = {
             f"ENTITLEMENT_GATEWAY_{name}": value for name, value in (settings | dict(self.options.gateway)).items()
         }

@@ -1,4 +1,4 @@
-"""A small disk of its own, that can be full or read-only. Takes the right to mount; without it the test is skipped."""
+"""A small disk of its own, that can be full. Takes the right to mount; without it the test is skipped."""
 
 from __future__ import annotations
 
@@ -36,10 +36,6 @@ class SmallDisk:
 
     def free(self) -> None:
         (self.path / SPARE).unlink(missing_ok=True)
-
-    def read_only(self, on: bool) -> bool:
-        """Whether it could be made so: not while a file is open for writing."""
-        return not _mount("-o", f"remount,{'ro' if on else 'rw'}", str(self.path))
 
     def unmount(self) -> None:
         if self._mounted:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.faults.cluster import Cluster
 from tests.faults.conftest import Deploy
-from tests.faults.marks import CASE, needs_point, needs_receipts
+from tests.faults.marks import CASE
 from tests.faults.processes import Program
 from tests.faults.proxy import Wire
 from tests.faults.scenario import Run, off, play, rounds
@@ -46,8 +46,8 @@ async def test_a1_gateway_killed_at_random_points(deploy: Deploy) -> None:
     "failpoint",
     [
         pytest.param("consume.after_reply", id="a3"),
-        pytest.param("receipts.before_sync", marks=needs_point("receipts.before_sync"), id="a2"),
-        pytest.param("receipts.after_sync", marks=needs_point("receipts.after_sync"), id="a3-receipt"),
+        pytest.param("receipts.before_sync", id="a2"),
+        pytest.param("receipts.after_sync", id="a3-receipt"),
     ],
 )
 async def test_a2_a3_gateway_killed_between_decision_and_answer(deploy: Deploy, failpoint: str) -> None:
@@ -128,7 +128,6 @@ async def test_a7_everything_killed_at_once_and_started_in_any_order(deploy: Dep
     await play("A7", cluster, killed, n=rounds(1))
 
 
-@needs_receipts
 async def test_a8_hot_store_comes_back_empty(deploy: Deploy) -> None:
     """What was settled is built anew from the ledger, what was not is replayed, and no receipt is debited twice."""
 
@@ -167,7 +166,6 @@ async def test_a10_stopped_gateway_goes_on(deploy: Deploy) -> None:
     await play("A10", await off(deploy), stopped, n=rounds(1, 20))
 
 
-@needs_receipts
 async def test_a10_stopped_gateway_finds_another_hot_store(deploy: Deploy) -> None:
     """It looks who that is before it decides anything."""
 

@@ -11,7 +11,7 @@ from redis.exceptions import ResponseError
 from tests.faults.cluster import Cluster
 from tests.faults.conftest import Deploy
 from tests.faults.load import Outcome
-from tests.faults.marks import CASE, large_only, needs_receipts
+from tests.faults.marks import CASE, large_only
 from tests.faults.processes import Hot, until
 from tests.faults.scenario import Run, off, play, rounds
 
@@ -28,13 +28,19 @@ async def fails_over(run: Run) -> None:
     await run.more(50)
 
 
-@needs_receipts
 @pytest.mark.parametrize(
     "delay_ms", [pytest.param(1, marks=large_only), 10, pytest.param(100, marks=large_only)], ids=lambda ms: f"{ms}ms"
 )
 async def test_b1_failovers_in_a_row_lose_nothing(deploy: Deploy, delay_ms: int) -> None:
     cluster = await off(lambda: deploy(replica_delay_ms=float(delay_ms)))
     await play(f"B1-{delay_ms}ms", cluster, fails_over, n=rounds(2, 300), wounds=True)
+
+
+@large_only
+async def test_b1_failovers_with_receipts_and_replica(deploy: Deploy) -> None:
+    """Nothing is answered before the replica has it, too."""
+    cluster = await off(lambda: deploy(durability="receipt+replica"))
+    await play("B1-receipt+replica", cluster, fails_over, n=rounds(2, 300), wounds=True)
 
 
 async def test_b1_durability_redis_is_seen_to_lose_answers(deploy: Deploy) -> None:
@@ -44,7 +50,6 @@ async def test_b1_durability_redis_is_seen_to_lose_answers(deploy: Deploy) -> No
     assert audit.lost > 0
 
 
-@needs_receipts
 async def test_b2_the_last_second_never_reached_the_replica(deploy: Deploy) -> None:
     """The ledger is ahead of it."""
 
@@ -52,14 +57,14 @@ async def test_b2_the_last_second_never_reached_the_replica(deploy: Deploy) -> N
         await run.more(100)
         run.cluster.replication.back.paused = True
         await asyncio.sleep(run.random.uniform(0.3, 1.0))
-        await off(run.cluster.fail_over)
+        await off(run.cluster.lose_primary)
         run.cluster.replication.back.paused = False
+        await off(run.cluster.new_replica)
         await run.more(50)
 
     await play("B2", await off(deploy), fails_over_behind, n=rounds(1), wounds=True)
 
 
-@needs_receipts
 async def test_b3_two_primaries_for_a_while(deploy: Deploy) -> None:
     """Half of the gateways still reach the old one; it refuses once it has had no replica for long enough."""
     cluster: Cluster = await off(lambda: deploy(gateways=2))
@@ -69,8 +74,7 @@ async def test_b3_two_primaries_for_a_while(deploy: Deploy) -> None:
         await run.more(100)
         old, new = cluster.primary, cluster.replica
         assert new is not None
-        cluster.replication.refuse()
-        await off(cluster.replication.cut)
+        cluster.replication.back.silent = cluster.replication.towards.silent = True  # Nobody is told.
         await off(new.promote)
         cluster.primary, cluster.replica = new, None
         await off(cluster.lead_to, new)
@@ -84,7 +88,9 @@ async def test_b3_two_primaries_for_a_while(deploy: Deploy) -> None:
         cluster.gateway_wires[0].lead_to(new.path)
         await off(cluster.gateway_wires[0].cut)
         await off(old.stop)
-        cluster.replication.refuse(False)
+        await off(cluster.replication.cut)
+        cluster.replication.towards.heal()
+        cluster.replication.back.silent = False
         await off(cluster.new_replica)
         await run.more(50)
 
@@ -105,7 +111,6 @@ def refuses(old: Hot) -> None:
         until(refused, "the old primary goes on")
 
 
-@needs_receipts
 async def test_b4_second_failover_while_the_first_is_recovered(deploy: Deploy) -> None:
     """A replay that is cut short is done again, on yet another hot store."""
 
@@ -121,7 +126,6 @@ async def test_b4_second_failover_while_the_first_is_recovered(deploy: Deploy) -
     await play("B4", await off(deploy), fails_over_twice, n=rounds(1), wounds=True)
 
 
-@needs_receipts
 @pytest.mark.parametrize("clock_s", [60, -60], ids=["ahead", "behind"])
 async def test_b5_the_new_primary_has_another_clock(deploy: Deploy, clock_s: int) -> None:
     """No record is passed over: all that was granted is settled."""
@@ -169,7 +173,6 @@ async def test_b8_memory_is_full_and_nothing_is_evicted(deploy: Deploy) -> None:
     await play("B8", await off(deploy), full, n=rounds(1, 20))
 
 
-@needs_receipts
 async def test_b9_many_receipts_are_replayed_in_time(deploy: Deploy) -> None:
     """Nothing of them is settled when the hot store comes back empty; 100,000 with N = 100."""
     cluster: Cluster = await off(deploy)
@@ -192,7 +195,6 @@ async def test_b9_many_receipts_are_replayed_in_time(deploy: Deploy) -> None:
     assert audit.acknowledged >= count // 2
 
 
-@needs_receipts
 async def test_flushall_under_load(deploy: Deploy) -> None:
     """No grant from an account that is not loaded; everything answered is in the ledger once."""
 

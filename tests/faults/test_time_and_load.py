@@ -76,29 +76,30 @@ async def test_d2_period_ends_in_the_middle_of_load(deploy: Deploy) -> None:
         run.load.customers = mine
         while await witnesses.value(cluster.database.dsn, "SELECT ledger_now_ms()") < boundary_ms + 500:
             await run.more(50)
-        await run.settled()
         await periods_add_up(run, [customer.id for customer in mine], boundary_ms)
 
     await play("D2", cluster, rolls, callers=32, pace_s=0.005)
 
 
 async def periods_add_up(run: Run, customers: list[str], boundary_ms: int) -> None:
+    answered = sum(record.amount for record in run.load.of(Outcome.OK) if record.customer in customers)
+    await run.settled()
     connection = await asyncpg.connect(run.cluster.database.dsn, timeout=20)
     try:
-        rows = await connection.fetch(
-            """SELECT period_start, (extract(epoch FROM event_time) * 1000)::bigint AS at, amount FROM usage_events
+        async with connection.transaction(isolation="repeatable_read", readonly=True):
+            rows = await connection.fetch(
+                """SELECT period_start, (extract(epoch FROM event_time) * 1000)::bigint AS at, amount FROM usage_events
                WHERE customer = ANY($1::text[])""",
-            customers,
-        )
-        kept = await connection.fetchval(
-            "SELECT sum(settled) FROM account_periods WHERE customer = ANY($1::text[])", customers
-        )
+                customers,
+            )
+            kept = await connection.fetchval(
+                "SELECT sum(settled) FROM account_periods WHERE customer = ANY($1::text[])", customers
+            )
     finally:
         await connection.close()
     late = [row for row in rows if row["period_start"] >= boundary_ms]
     assert late and len(late) < len(rows)
     assert not [row for row in rows if (row["at"] >= boundary_ms) != (row["period_start"] >= boundary_ms)]
-    answered = sum(record.amount for record in run.load.of(Outcome.OK) if record.customer in customers)
     assert sum(row["amount"] for row in rows) == kept
     assert kept >= answered > 0
     run.note(f"{len(rows) - len(late)} events before the period's end, {len(late)} after it")
