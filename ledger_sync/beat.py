@@ -21,6 +21,9 @@ class Beat:
         self.running = False
 
     def __call__(self) -> None:
+        """Raises CancelledError when the loop was told to end and has not noticed."""
+        if cancelled():
+            raise asyncio.CancelledError
         self.rounds += 1
 
     def __enter__(self) -> Self:
@@ -45,6 +48,17 @@ class Beat:
                 async with asyncio.timeout(STEP_S):
                     await event.wait()
             self()
+
+
+def cancelled() -> bool:
+    """Whether this task shall end. On Python 3.11 asyncio.wait_for may swallow a cancellation (cpython gh-86296), and
+    client libraries use it: a loop that calls them looks here.
+    """
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        return False  # No task: nothing to end.
+    return task is not None and task.cancelling() > 0
 
 
 class Watch:

@@ -23,11 +23,7 @@ MAX_GRANTS_REMEMBERED: Final = 200_000
 AHEAD_MS: Final = HOUR  # the ledger's clock, by which grants are booked as expired, may be ahead of the hot store's
 
 # Plans are made while tables are small and kept when they are large: they shall go by the index from the start.
-# Whoever is stopped in the middle gives up the accounts that it has locked.
-_PLAN: Final = (
-    "SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; "
-    "SET LOCAL idle_in_transaction_session_timeout = 3000"
-)
+_PLAN: Final = "SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off"
 
 _LOCK: Final = """
 SELECT a.tenant, a.customer, a.credit_type, a.epoch, a.sequence, a.applied, a.overage, a.period_start, a.period_end,

@@ -54,10 +54,8 @@ class Locked(msgspec.Struct, frozen=True):
     now_ms: int  # the database's clock
 
 
-# Whoever is stopped while it has an account gives it up.
 _LOCK = """
-SELECT partition, config, epoch, version, overage, ledger_now_ms() AS now_ms,
-       set_config('idle_in_transaction_session_timeout', '3000', true)
+SELECT partition, config, epoch, version, overage, ledger_now_ms() AS now_ms
 FROM accounts WHERE tenant = $1 AND customer = $2 FOR UPDATE"""
 
 

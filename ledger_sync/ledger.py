@@ -35,6 +35,7 @@ __all__ = ["Connection", "Lease", "Ledger", "LedgerError", "LedgerRefused", "Led
 CONNECT_TIMEOUT_S: Final = 10.0
 COMMAND_TIMEOUT_S: Final = 60.0  # no statement of ours runs longer
 LEASE_POLL_S: Final = 0.2
+SILENT_MS: Final = 2_000  # between two statements of a transaction that others wait for
 LEASE_CLASS: Final = 0x656E74  # the first half of our advisory lock keys
 PRESENCE_CLASS: Final = 0x656E75
 
@@ -44,6 +45,15 @@ _PRESENT: Final = """
 SELECT count(*) FROM pg_locks
 WHERE locktype = 'advisory' AND classid = $1::integer::oid AND objid = $2::integer::oid AND mode = 'ShareLock'
       AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
+
+# Whoever stands in another's way, in the middle of a transaction, and waits for a client that says nothing: it was
+# stopped or cut off. No timeout of the database covers a statement that is half sent.
+_END_SILENT: Final = """
+SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+WHERE pid IN (SELECT unnest(pg_blocking_pids(w.pid)) FROM pg_stat_activity w
+              WHERE w.datname = current_database() AND w.wait_event_type = 'Lock')
+      AND application_name = 'ledger_sync' AND usename = current_user AND wait_event_type = 'Client'
+      AND state_change < clock_timestamp() - $1::integer * interval '1 millisecond'"""
 
 # A client that is cut off is noticed by the server: probed when it is silent, given up when it takes nothing.
 _CUT_OFF: Final = {
@@ -112,6 +122,12 @@ class Presence(Lease):
         found = await self._ask(_PRESENT, PRESENCE_CLASS, _key(self.name))
         assert isinstance(found, int)
         return found
+
+    async def end_silent(self) -> int:
+        """Ends the transactions of those who have fallen silent while others wait for what they have locked."""
+        ended = await self._ask(_END_SILENT, SILENT_MS)
+        assert isinstance(ended, int)
+        return ended
 
 
 Kind = TypeVar("Kind", bound=Lease)

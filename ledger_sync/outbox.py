@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import structlog
 
-from ledger_sync.beat import DEADLINE_S, Beat
+from ledger_sync.beat import DEADLINE_S, Beat, cancelled
 from ledger_sync.publisher import Outgoing, Publisher, PublishFailed
 from ledger_sync.telemetry import Figures
-from ledger_sync.worker import cancelled, uninterrupted
+from ledger_sync.worker import uninterrupted
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Connection, Lease, Ledger

@@ -27,10 +27,10 @@ from standardwebhooks import Webhook
 
 from entitlement.errors import InvalidArgument
 from ledger_sync.announcements import TYPES
-from ledger_sync.beat import Beat
+from ledger_sync.beat import Beat, cancelled
 from ledger_sync.settings import Settings
 from ledger_sync.telemetry import Figures
-from ledger_sync.worker import cancelled, uninterrupted
+from ledger_sync.worker import uninterrupted
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Lease, Ledger
@@ -198,8 +198,6 @@ class Webhooks:
             group.create_task(self._count())
             while True:
                 self._beat()
-                if cancelled():
-                    raise asyncio.CancelledError
                 lease.check()
                 self._changed.clear()
                 for delivery in await self._due():

@@ -14,7 +14,7 @@ import msgspec
 import structlog
 
 from entitlement.errors import EntitlementError
-from ledger_sync.beat import Beat, Watch
+from ledger_sync.beat import Beat, Watch, cancelled
 from ledger_sync.telemetry import Figures
 
 FIRST_PAUSE_S: Final = 0.1  # before a loop that failed is started again; doubles
@@ -162,14 +162,6 @@ def describe(error: BaseException) -> str:
     if isinstance(error, BaseExceptionGroup):
         return "; ".join(dict.fromkeys(describe(part) for part in error.exceptions))
     return f"{type(error).__name__}: {error}"
-
-
-def cancelled() -> bool:
-    """Whether this task shall end. On Python 3.11 asyncio.wait_for may swallow a cancellation (cpython gh-86296), and
-    client libraries use it: a loop that calls them looks here.
-    """
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 async def uninterrupted(work: Coroutine[object, object, None]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from ledger_sync import changes
 from ledger_sync.lease import IDLE_S
-from ledger_sync.ledger import Lease, Ledger, LedgerUnavailable, Presence
+from ledger_sync.ledger import SILENT_MS, Lease, Ledger, LedgerUnavailable, Presence
 from tests.journal_records import TENANT, open_account
 
 DEADLINE_S = 10.0
@@ -71,7 +71,26 @@ async def test_whoever_stops_in_the_middle_of_a_change_gives_the_account_up(ledg
     async with ledger.transaction() as connection:
         await open_account(connection)
     with pytest.raises(LedgerUnavailable):
-        async with ledger.transaction() as stopped:
+        async with ledger.transaction() as stopped, ledger.presence("them") as present:
             await changes.lock(stopped, TENANT, "ada")
-            async with asyncio.timeout(DEADLINE_S), ledger.transaction() as other:
-                assert (await changes.lock(other, TENANT, "ada")).customer == "ada"
+            waiting = asyncio.create_task(_lock(ledger))
+            async with asyncio.timeout(DEADLINE_S):
+                while not await present.end_silent():
+                    assert not waiting.done()
+                await waiting
+
+
+async def test_who_stands_in_nobodys_way_may_take_its_time(ledger: Ledger) -> None:
+    async with ledger.transaction() as connection:
+        await open_account(connection)
+    async with ledger.transaction() as slow, ledger.presence("them") as present:
+        await changes.lock(slow, TENANT, "ada")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(SILENT_MS / 1000 + 0.5):
+                while not await present.end_silent():  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)
+
+
+async def _lock(ledger: Ledger) -> None:
+    async with ledger.transaction() as connection:
+        assert (await changes.lock(connection, TENANT, "ada")).customer == "ada"
