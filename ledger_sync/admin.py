@@ -240,4 +240,8 @@ def _report_message(report: Report) -> pb.VerifyReport:
         outbox_pending=totals.outbox_pending,
         sequence_gaps=totals.gaps,
         total_nanos=min(totals.total_nanos, MAX_NANOS),
+        findings=[
+            pb.Finding(customer=item.customer, name=item.name, detail=item.detail)
+            for item in report.findings[:MAX_DRIFTS]
+        ],
     )

@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 from entitlement.account import Account
-from ledger_sync import changes, conservation, drift, hot_deltas, verify_reads
+from ledger_sync import changes, completeness, conservation, drift, hot_deltas, verify_reads
 from ledger_sync.drift import PLACE, Difference, Place
 from ledger_sync.hot_store import HotStore
 from ledger_sync.install import rebuild
@@ -49,6 +49,7 @@ class Report(msgspec.Struct):
     totals: conservation.Totals
     customers: int = 0
     drifts: list[Drift] = []
+    findings: list[completeness.Finding] = []
     lag: int = 0
 
     @property
@@ -105,10 +106,14 @@ class Reconciler:
                 break
         if customer and not report.customers:
             raise NotFound("customer", f"{customer!r} is unknown or has no contract")
-        async with self._ledger.transaction(readonly=True) as connection:  # Now that the journal has been waited for.
+        # Now that the journal has been waited for:
+        async with self._ledger.transaction(isolation="repeatable_read", readonly=True) as connection:
             report.totals = await conservation.totals(connection, self._tenant, customer)
+            report.findings = await completeness.findings(connection, self._tenant, customer)
         if logged:
             log_drifts(report.drifts)
+            for item in report.findings[:MAX_LOGGED]:
+                log.error("found", customer=item.customer, what=item.name, detail=item.detail)
         return report
 
     async def compare(self, after: str) -> tuple[list[str], list[Drift]]:

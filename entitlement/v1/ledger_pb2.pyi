@@ -1726,6 +1726,7 @@ class VerifyReport(_message.Message):
     OUTBOX_PENDING_FIELD_NUMBER: _builtins.int
     SEQUENCE_GAPS_FIELD_NUMBER: _builtins.int
     TOTAL_NANOS_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
     customers: _builtins.int
     drifted: _builtins.int
     drift_nanos: _builtins.int
@@ -1744,6 +1745,10 @@ class VerifyReport(_message.Message):
     """sum of usage booked"""
     @_builtins.property
     def drifts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Drift]: ...
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Finding]:
+        """what must not be in the ledger or its outbox; the first thousand"""
+
     def __init__(
         self,
         *,
@@ -1758,14 +1763,40 @@ class VerifyReport(_message.Message):
         outbox_pending: _builtins.int = ...,
         sequence_gaps: _builtins.int = ...,
         total_nanos: _builtins.int = ...,
+        findings: _abc.Iterable[Global___Finding] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["customers", b"customers", "drift_nanos", b"drift_nanos", "drifted", b"drifted", "drifts", b"drifts", "events", b"events", "journal_lag", b"journal_lag", "outbox_pending", b"outbox_pending", "quarantined", b"quarantined", "sequence_gaps", b"sequence_gaps", "total_nanos", b"total_nanos", "unbalanced_transactions", b"unbalanced_transactions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["customers", b"customers", "drift_nanos", b"drift_nanos", "drifted", b"drifted", "drifts", b"drifts", "events", b"events", "findings", b"findings", "journal_lag", b"journal_lag", "outbox_pending", b"outbox_pending", "quarantined", b"quarantined", "sequence_gaps", b"sequence_gaps", "total_nanos", b"total_nanos", "unbalanced_transactions", b"unbalanced_transactions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VerifyReport: _TypeAlias = VerifyReport  # noqa: Y015
+
+@_typing.final
+class Finding(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CUSTOMER_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    customer: _builtins.str
+    name: _builtins.str
+    detail: _builtins.str
+    def __init__(
+        self,
+        *,
+        customer: _builtins.str = ...,
+        name: _builtins.str = ...,
+        detail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["customer", b"customer", "detail", b"detail", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Finding: _TypeAlias = Finding  # noqa: Y015
 
 @_typing.final
 class Drift(_message.Message):

@@ -13,7 +13,7 @@ from gateway.cli.calls import VERIFY_DEADLINE_S
 
 WAIT_S: Final = 10.0  # for the journal to be settled
 _LOOK_AGAIN_S: Final = 0.1
-_SHOWN: Final = 20  # drifts; more are only counted
+_SHOWN: Final = 20  # drifts, and findings; more are only counted
 
 
 def verify(stub: LedgerAdminStub, customer: str = "", *, repair: bool = False, wait_s: float = WAIT_S) -> VerifyReport:
@@ -61,6 +61,10 @@ def show_report(report: VerifyReport) -> None:
         show.line(f"drift  {drift.customer} {drift.part}: hot {hot}, ledger {ledger} at sequence {drift.sequence}")
     if report.drifted > _SHOWN:
         show.line(f"drift  and {report.drifted - _SHOWN} more customers")
+    for found in report.findings[:_SHOWN]:
+        show.line(f"found  {found.customer} {found.name}: {found.detail}")
+    if len(report.findings) > _SHOWN:
+        show.line(f"found  and {len(report.findings) - _SHOWN} more")
     faults = ", ".join(f"{name} {number}" for name, number in _faults(report) if number)
     if faults:
         show.line(f"not clean: {faults}")
@@ -87,4 +91,5 @@ def _faults(report: VerifyReport) -> list[tuple[str, int]]:
         ("unsettled records", report.journal_lag),
         ("records in quarantine", report.quarantined),
         ("sequence gaps", report.sequence_gaps),
+        ("findings", len(report.findings)),
     ]

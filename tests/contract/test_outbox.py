@@ -234,6 +234,46 @@ class Unmarked:
             yield connection
 
 
+class Stopped(Recorder):
+    """Stopped in the middle of a publish, for as long as the test says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.busy, self.goes_on = asyncio.Event(), asyncio.Event()
+
+    async def publish(self, events: Sequence[Outgoing]) -> None:
+        self.busy.set()
+        await self.goes_on.wait()
+        await super().publish(events)
+
+
+async def test_one_that_was_taken_for_dead_does_not_move_the_cursor_back(ledger: Ledger) -> None:
+    stopped, other = Stopped(), Recorder()
+    await commit(ledger, "a", "b")
+    late = asyncio.create_task(outbox_of(ledger, stopped).publish())
+    async with asyncio.timeout(DEADLINE_S):
+        await stopped.busy.wait()
+        assert await outbox_of(ledger, other).publish() == 2
+        await commit(ledger, "c")
+        assert await outbox_of(ledger, other).publish() == 1
+        await commit(ledger, "d")
+        before = await cursor(ledger)
+        stopped.goes_on.set()
+        await late
+    assert await cursor(ledger) == before and before[1] == 3
+    assert await left(ledger) == 1
+    assert await outbox_of(ledger, other).publish() == 1
+    assert (stopped.ids, other.ids) == (["a", "b"], ["a", "b", "c", "d"])
+
+
+async def cursor(ledger: Ledger) -> tuple[str, int]:
+    """Where it stands, and how many events it says have been published."""
+    async with ledger.transaction() as connection:
+        row = await connection.fetchrow("SELECT txid::text, published FROM outbox_cursor")
+    assert row is not None
+    return row[0], row[1]
+
+
 async def test_it_is_woken_by_a_commit(ledger: Ledger) -> None:
     publisher = Recorder()
     outbox = outbox_of(ledger, publisher, poll_s=60)

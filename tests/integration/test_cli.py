@@ -294,6 +294,15 @@ def test_verify_names_what_drifts(cli: Command, admin: Admin) -> None:
     assert "drift  ada meter:tokens: hot 12, ledger 10 at sequence 5" in result.output
 
 
+def test_verify_names_what_it_found_in_the_ledger(cli: Command, admin: Admin) -> None:
+    names = [f"k{number}" for number in range(22)]
+    findings = [ledger_pb2.Finding(customer="ada", name="event missing from the outbox", detail=name) for name in names]
+    admin.reports = [ledger_pb2.VerifyReport(findings=findings)]
+    result = cli("verify", "--wait", "0")
+    assert result.exit_code == 1 and "not clean: findings 22" in result.output
+    assert "found  ada event missing from the outbox: k19\nfound  and 2 more\n" in result.output
+
+
 def test_a_balance_is_shown_in_the_credit_type(cli: Command) -> None:
     result = cli("balance", "cust-0001")
     assert result.exit_code == 0

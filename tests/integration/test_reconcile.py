@@ -339,6 +339,20 @@ class TestVerify:
         shop.control.reconciler.wait_s = DEADLINE_S
         assert is_clean(await verify(shop))
 
+    async def test_what_is_wrong_in_the_ledger_itself_is_named(self, shop: Rig) -> None:
+        await shop.customer("amy", USD)
+        await shop.consume("bob", "input.tokens", 1_000, key="used")
+        await shop.settled("bob")
+        assert not (await verify(shop)).findings
+        await shop.execute("DELETE FROM outbox WHERE event_id = 'used'")
+        await shop.execute("UPDATE accounts SET gaps = 1 WHERE customer = 'amy'")
+        assert [(found.customer, found.name) for found in (await verify(shop)).findings] == [
+            ("amy", "gap in the sequence"),
+            ("bob", "event missing from the outbox"),
+        ]
+        (found,) = (await verify(shop, "bob")).findings
+        assert found.detail == "used"
+
     async def test_an_unknown_customer_is_not_found(self, shop: Rig) -> None:
         code, text = await refusal(shop.stub.Verify(pb.VerifyRequest(customer="nobody")))
         assert (code, text) == (grpc.StatusCode.NOT_FOUND, "customer: 'nobody' is unknown or has no contract")
