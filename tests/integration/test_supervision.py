@@ -7,11 +7,15 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from random import Random
 
+import grpc
 import httpx
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 from standardwebhooks import Webhook
 
+from entitlement.v1.ledger_pb2_grpc import LedgerAdminServicer
+from ledger_sync.admin_server import AdminServer
 from ledger_sync.beat import Beat
 from ledger_sync.control import ControlPlane
 from ledger_sync.drain import Drain
@@ -187,3 +191,26 @@ async def test_a_lane_whose_hot_store_never_answers_is_noticed(
         assert sync.figure("hangs_total", "drain.lane1") == 1
         await go_round([sync.beats["drain.lane0"], sync.beats["drain.lane1"]])
         assert sync.worker.health["drain"].restarts == 1 and sync.drain.serving == (0, 1)
+
+
+async def test_the_health_service_tells_which_loop_it_is() -> None:
+    server = AdminServer(LedgerAdminServicer(), ("127.0.0.1:0",), reflected=False)
+    await server.start()
+    try:
+        async with (
+            grpc.aio.insecure_channel(server.addresses[0], options=[("grpc.enable_http_proxy", 0)]) as channel,
+            asyncio.timeout(DEADLINE_S),
+        ):
+            stub = health_pb2_grpc.HealthStub(channel)
+
+            async def told(service: str) -> bool:
+                answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
+                return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+            services = ("", "entitlement.v1.LedgerAdmin", "loop/drain", "loop/control")
+            await server.tell({"drain": True, "control": False})
+            assert [await told(service) for service in services] == [False, False, True, False]
+            await server.tell({"drain": True, "control": True})
+            assert [await told(service) for service in services] == [True] * 4
+    finally:
+        await server.stop(0)

@@ -79,12 +79,13 @@ class Instance:
         self._metrics = metrics
 
     @classmethod
-    async def start(cls, valkey_url: str, dsn: str, consumer: str) -> Instance:
+    async def start(cls, valkey_url: str, dsn: str, consumer: str, **settings: str) -> Instance:
         metrics = f"127.0.0.1:{free_port()}"
         given = {
             **{"LISTEN": "127.0.0.1:0", "REDIS_URL": valkey_url, "DATABASE_URL": dsn, "TENANT": TENANT},
             **{"PARTITIONS": str(PARTITIONS), "LANES": "4", "BATCH": "50", "PUBLISHER": "none:"},
             **{"CONSUMER": consumer, "METRICS": metrics},
+            **settings,
         }
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "ledger_sync"),
@@ -100,8 +101,8 @@ class Instance:
     async def figure(self, name: str) -> float:
         answer = await asyncio.to_thread(urlopen, f"http://{self._metrics}/metrics", timeout=DEADLINE_S)
         text: str = (await asyncio.to_thread(answer.read)).decode()
-        (line,) = (line for line in text.splitlines() if line.startswith(f"entitlement_sync_{name} "))
-        return float(line.split()[1])
+        found = [line for line in text.splitlines() if line.startswith(f"entitlement_sync_{name} ")]
+        return float(found[0].split()[1]) if found else 0.0
 
     async def serves(self, lanes: int) -> None:
         """Returns once it serves so many lanes."""
