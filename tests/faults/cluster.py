@@ -31,7 +31,7 @@ class Options(msgspec.Struct, frozen=True):
     sync: Mapping[str, str] = {}
     database: Mapping[str, str] = {}  # lines of postgresql.conf
     disk_mib: int = 0  # a small disk
-    on_disk: str = ""  # what lies there: receipts, database
+    on_disk: str = ""  # what lies there: receipts, database or hot
 
 
 class Cluster:
@@ -54,7 +54,8 @@ class Cluster:
         self.clean = True  # the last case left nothing behind
 
     def start(self) -> None:
-        self.primary = self.hot()
+        small = self._small("hot")
+        self.primary = self.hot(**({"dir": str(small)} if small else {}))
         self.database = Database(self.options.database, self._small("database"))
         self.replication = self._wires.wire(self.primary.path)
         self.gateway_wires = [self._wires.wire(self.primary.path) for _ in range(self.options.gateways)]

@@ -75,6 +75,7 @@ class Run:
         self.rounds = 0
         self.rest = Rest()
         self.notes: list[str] = []
+        self.again_s = 0.0
         self._quarantined = 0
 
     async def more(self, most: int = BETWEEN, least: int = 1) -> None:
@@ -84,6 +85,13 @@ class Run:
     def note(self, text: str) -> None:
         """A figure of this case, for its line."""
         self.notes.append(text)
+
+    async def answers_again(self) -> float:
+        """Seconds until somebody is answered. The longest of them is told in the line."""
+        began = monotonic()
+        await self.load.more(1)
+        self.again_s = max(self.again_s, monotonic() - began)
+        return monotonic() - began
 
     async def prepare(self) -> None:
         admin = self.cluster.admin_address()
@@ -194,10 +202,11 @@ class Run:
         return monotonic() - began
 
     def line(self, audit: Audit) -> str:
+        again = f"answering again after {self.again_s:.1f} s at most, " if self.again_s else ""
         notes = "".join(f", {note}" for note in self.notes)
         return (
             f"faults {self.case}: seed {self.seed}, rounds {self.rounds}, {audit.figures()}, "
-            f"at rest after {self.rest.took_s:.1f} s, lag {self.rest.lag_s * 1000:.0f} ms{notes} "
+            f"{again}at rest after {self.rest.took_s:.1f} s, lag {self.rest.lag_s * 1000:.0f} ms{notes} "
             f"(again: make faults CASE={self.case.partition('-')[0]} SEED={self.seed})"
         )
 

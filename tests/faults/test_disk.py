@@ -135,16 +135,12 @@ async def test_e4_database_disk_full_and_freed(deploy: Deploy) -> None:
 
 async def test_e5_disk_of_the_hot_store_full_and_freed(deploy: Deploy) -> None:
     """It refuses writes: UNAVAILABLE, and by itself as before once there is room."""
-    cluster: Cluster = await off(lambda: deploy(disk_mib=32))
+    cluster: Cluster = await off(lambda: deploy(disk_mib=32, on_disk="hot", replica=False))
     disk = cluster.disk
     assert disk is not None
 
     async def full(run: Run) -> None:
         await run.warm()
-        hot = cluster.primary
-        await off(lambda: hot.set(appendonly="no"))
-        await off(lambda: hot.set(dir=str(disk.path)))
-        await off(lambda: hot.set(appendonly="yes"))
         await run.more(50)
         await off(disk.fill)
         failed = run.load.failures["UNAVAILABLE"]
@@ -153,9 +149,6 @@ async def test_e5_disk_of_the_hot_store_full_and_freed(deploy: Deploy) -> None:
                 await asyncio.sleep(0.02)
         disk.free()
         await run.more()
-        await off(lambda: hot.set(appendonly="no"))
-        await off(lambda: hot.set(dir=str(hot.folder)))
-        await off(lambda: hot.set(appendonly="yes"))
 
     await play("E5", cluster, full, n=rounds(1, 20))
 

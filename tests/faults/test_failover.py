@@ -24,7 +24,9 @@ MAX_LAG_S = 2.0  # after which a primary without a replica refuses
 
 async def fails_over(run: Run) -> None:
     await run.more(200, least=50)
-    await off(run.cluster.fail_over)
+    await off(run.cluster.lose_primary)
+    await run.answers_again()
+    await off(run.cluster.new_replica)
     await run.more(50)
 
 
