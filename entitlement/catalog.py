@@ -45,6 +45,15 @@ class RateCard(msgspec.Struct, frozen=True):
     rates: tuple[Rate, ...]
 
 
+class Policy(msgspec.Struct, frozen=True):
+    """A customer who may go on while the hot store is away: on which plan, for what, up to how many nanos a gateway."""
+
+    customer: str
+    plan: str
+    allowance: int
+    entitled: tuple[str, ...] = ()  # empty: every feature
+
+
 class Snapshot(msgspec.Struct, frozen=True):
     """One tenant's whole catalogue. `generation` counts up with every change."""
 
@@ -52,6 +61,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     generation: int
     features: tuple[Feature, ...] = ()
     rate_cards: tuple[RateCard, ...] = ()
+    policies: tuple[Policy, ...] = ()  # by customer
 
 
 class Catalogs(msgspec.Struct, frozen=True):

@@ -39,6 +39,7 @@ class Mode(IntEnum):
     BEST_EFFORT = 2
     CHECK_ONLY = 3
     ADJUST_ONLY = 4
+    SETTLE = 5  # no caller's: ADJUST_ONLY of what was granted while the hot store was away, journaled as degraded
 
 
 class Verdict(IntEnum):
@@ -62,6 +63,7 @@ class Reason(IntEnum):
     USAGE_LIMIT_REACHED = 7
     ARREARS_GATE = 8
     PRICE_UNKNOWN = 11
+    DEGRADED_DENY = 14
     ACCOUNT_FROZEN = 15
     SUBJECT_LIMIT_REACHED = 16
 
@@ -163,6 +165,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     charged: tuple[Charged, ...]
     quotas: tuple[QuotaState, ...]
     replayed: bool
+    degraded: bool = False  # by the contract's failure policy, without the hot store
 
 
 class NotLoaded(msgspec.Struct, frozen=True):

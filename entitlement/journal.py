@@ -4,14 +4,14 @@ A stream entry has one field, `r`, packed little-endian by the scripts (d: doubl
 ends with NUL, pair: two doubles h, l that mean h * 10^9 + l). Codec version 1:
 
     B codec  B kind  d epoch  d sequence  d version  d recorded_ms  z 'tenant customer'  z crossings      then by kind
-    1 consumed: d event_ms  d period_start  B verdict  B shadow  pair settled  pair allowance  d cycle_start  B lines
+    1 consumed: d event_ms  d period_start  B verdict  B flags   pair settled  pair allowance  d cycle_start  B lines
                 z credit_type  z plan  z rate_version; for each line: d quantity  pair amount  H burns  z meter, and for
                 each burn: d grant (0 = overage)  pair amount; the rest is the CheckAndConsumeRequest in protobuf
     2 rolled:   d period_start  d period_end  pair closed_overage  pair allowance
     3 adjusted: pair settled_adjustment  pair overage_adjustment  pair settled  pair allowance  d cycle_start, then
                 removed, reclassed, repaid: H count, for each: d grant  pair amount
 
-crossings: 'percent+n' crossed, 'percent-n' recovered, joined by ','; '-' for none.
+flags: 1 shadow, 2 degraded. crossings: 'percent+n' crossed, 'percent-n' recovered, joined by ','; '-' for none.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ class Consumed(Header, frozen=True, kw_only=True):
     allowance: int
     cycle_start: int
     request: bytes
+    degraded: bool = False  # granted while the hot store was away
 
 
 class Rolled(Header, frozen=True, kw_only=True):
@@ -137,7 +138,7 @@ def _header(kind: int, record: Header, crossings: str) -> bytes:
 
 def _pack_consumed(record: Consumed) -> bytes:
     amounts = (*divmod(record.settled, NANOS), *divmod(record.allowance, NANOS))
-    flags = (record.verdict, int(record.shadow))
+    flags = (record.verdict, int(record.shadow) + 2 * record.degraded)
     head = _CONSUMED.pack(record.event_ms, record.period_start, *flags, *amounts, record.cycle_start, len(record.lines))
     texts = f"{record.credit_type}\0{record.plan}\0{record.rate_version}\0".encode()
     lines = [
@@ -181,7 +182,7 @@ _Head = tuple[str, str, int, int, int, int]
 
 def _consumed(header: _Head, crossings: tuple[Crossing, ...], data: bytes, at: int) -> Consumed:
     tenant, customer, epoch, sequence, version, recorded = header
-    event, started, verdict, shadow, s1, s0, a1, a0, cycle, count = _CONSUMED.unpack_from(data, at)
+    event, started, verdict, flags, s1, s0, a1, a0, cycle, count = _CONSUMED.unpack_from(data, at)
     credit, at = _text(data, at + _CONSUMED.size)
     plan, at = _text(data, at)
     rate_version, at = _text(data, at)
@@ -199,7 +200,8 @@ def _consumed(header: _Head, crossings: tuple[Crossing, ...], data: bytes, at: i
         event_ms=int(event),
         period_start=int(started),
         verdict=verdict,
-        shadow=shadow == 1,
+        shadow=flags & 1 == 1,
+        degraded=flags & 2 == 2,
         credit_type=credit,
         plan=plan,
         rate_version=rate_version,

@@ -3,7 +3,8 @@ the consumption is told. Pure.
 
 A receipt's bytes, little-endian: B kind, Q when it was decided (ms on the hot store's clock), H size of the prices,
 I size of the request; then the prices ('plan NUL version', and 'NUL meter' for each usage line), the
-CheckAndConsumeRequest in protobuf, and what consume.lua has answered.
+CheckAndConsumeRequest in protobuf, and what consume.lua has answered. Kind 2, granted while the hot store was away, has
+no answer: it is priced when it is settled.
 """
 
 from __future__ import annotations
@@ -14,16 +15,23 @@ from struct import error as StructError
 import msgspec
 
 from entitlement import keys
-from entitlement.decision import Charge, Consume, Decision, Limits, parse_answer
+from entitlement.decision import Charge, Consume, Decision, Limits, Mode, parse_answer
 from entitlement.errors import CorruptRecord, InvalidArgument
 from entitlement.identity import fingerprint, key_digest
 from entitlement.request import read_consume
 
-GRANTED = 1  # kinds of receipts
+GRANTED, DEGRADED = 1, 2  # kinds of receipts
 
 _HEAD = Struct("<BQHI")
 _SIGNS = (b"=", b"~")  # decided now, decided before
 _VERDICTS = b"\1\2"  # ALLOW, ALLOW_WITH_CAPS
+
+
+class Granted(msgspec.Struct, frozen=True):
+    """What was granted without the hot store. Its request is what settles it there."""
+
+    plan: str
+    request: Consume
 
 
 class Receipt(msgspec.Struct, frozen=True):
@@ -43,10 +51,10 @@ def prices(charge: Charge) -> bytes:
     return "\0".join((charge.plan, str(charge.version), *[price.meter for price in charge.prices])).encode()
 
 
-def draft(request: Consume, price: bytes, at_ms: int) -> bytes:
+def draft(request: Consume, price: bytes, at_ms: int, kind: int = GRANTED) -> bytes:
     """The receipt, but for the answer that is to be appended."""
     payload = request.payload
-    return b"%b%b%b" % (_HEAD.pack(GRANTED, at_ms, len(price), len(payload)), price, payload)
+    return b"%b%b%b" % (_HEAD.pack(kind, at_ms, len(price), len(payload)), price, payload)
 
 
 def is_due(reply: object) -> bool:
@@ -54,15 +62,18 @@ def is_due(reply: object) -> bool:
     return type(reply) is bytes and reply[:1] in _SIGNS and reply[reply.index(0, 1) + 1] in _VERDICTS
 
 
-def parse(data: bytes, tenant: str) -> Receipt:
+def parse(data: bytes, tenant: str) -> Receipt | Granted:
     """The receipt in bytes that a checksum has proven whole. Raises CorruptRecord, which says what is wrong."""
     try:
         kind, at_ms, price_size, request_size = _HEAD.unpack_from(data)
-        if kind != GRANTED:
+        if kind not in (GRANTED, DEGRADED):
             raise CorruptRecord(f"receipt of kind {kind} is unknown")
         start = _HEAD.size + price_size
         plan, version, *meters = data[_HEAD.size : start].decode().split("\0")
         request = read_consume(tenant, data[start : start + request_size])
+        if kind == DEGRADED:
+            settling = msgspec.structs.replace(request, mode=Mode.SETTLE, event_ms=request.event_ms or at_ms)
+            return Granted(plan, settling)
         reply = data[start + request_size :]
         end = reply.index(0, 1)
         decision = parse_answer(reply, end + 1, reply[1:end].decode(), request, replayed=False)

@@ -30,13 +30,24 @@ class Loader(Protocol):
         ...
 
 
+class Fallback(Protocol):
+    """Decides while the hot store is away."""
+
+    async def decide(self, request: Consume, away: Unavailable) -> Decision:
+        """By the customer's failure policy; raises `away` when there is none."""
+        ...
+
+
 class Admission:
     """Decides calls. Holds no state but the number in flight."""
 
-    def __init__(self, store: HotStore, catalog: Catalog, loader: Loader, max_in_flight: int = 4096) -> None:
+    def __init__(
+        self, store: HotStore, catalog: Catalog, loader: Loader, degraded: Fallback, max_in_flight: int = 4096
+    ) -> None:
         self._store = store
         self._catalog = catalog
         self._loader = loader
+        self._degraded = degraded
         self._max_in_flight = max_in_flight
         self.in_flight = 0
 
@@ -57,7 +68,10 @@ class Admission:
             )
         self.in_flight += 1
         try:
-            outcome = await self._store.consume(request, self._catalog.price(request))
+            try:
+                outcome = await self._store.consume(request, self._catalog.price(request))
+            except Unavailable as away:
+                return await self._degraded.decide(request, away)
             if type(outcome) is Decision:
                 return outcome
             return await self._resolve(request, outcome)
@@ -73,7 +87,10 @@ class Admission:
         self.in_flight += len(requests)
         try:
             price = self._catalog.price
-            outcomes = await self._store.consume_many([(request, price(request)) for request in requests])
+            try:
+                outcomes = await self._store.consume_many([(request, price(request)) for request in requests])
+            except Unavailable as away:
+                return await self._all_without(requests, away)
             rare = [index for index, outcome in enumerate(outcomes) if type(outcome) is not Decision]
             if rare:
                 found = await asyncio.gather(*[self._or_error(requests[index], outcomes[index]) for index in rare])
@@ -89,6 +106,18 @@ class Admission:
                 f"{self.in_flight} calls are in flight and {more} more would pass the limit "
                 f"{self._max_in_flight}; retry with the same keys"
             )
+
+    async def _all_without(self, requests: Sequence[Consume], away: Unavailable) -> list[Decision | EntitlementError]:
+        found = await asyncio.gather(*[self._without(request, away) for request in requests])
+        if all(outcome is away for outcome in found):
+            raise away
+        return found
+
+    async def _without(self, request: Consume, away: Unavailable) -> Decision | EntitlementError:
+        try:
+            return await self._degraded.decide(request, away)
+        except EntitlementError as error:
+            return error
 
     async def _or_error(self, request: Consume, outcome: Outcome) -> Decision | EntitlementError:
         try:

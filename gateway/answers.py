@@ -86,7 +86,8 @@ def response(request: Consume, decision: Decision, values: Mapping[str, str]) ->
         balance.gate_nanos = decision.gate
     if decision.quotas:
         balance.quotas.extend([_quota(quota) for quota in decision.quotas])
-    if decision.replayed or decision.shadow or decision.reason:
+    if decision.replayed or decision.shadow or decision.reason or decision.degraded:
+        answer.degraded = decision.degraded
         answer.replayed = decision.replayed
         answer.shadow = decision.shadow
         answer.reason = decision.reason  # type: ignore[assignment]

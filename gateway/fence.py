@@ -8,17 +8,28 @@ import asyncio
 import hashlib
 from collections.abc import Sequence
 from itertools import islice
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 import structlog
 
 from entitlement import keys
-from entitlement.decision import Limits
+from entitlement.decision import (
+    Charge,
+    Consume,
+    Decision,
+    Limits,
+    Reason,
+    Stale,
+    Verdict,
+    consume_arguments,
+    consume_keys,
+    parse_outcome,
+)
 from entitlement.errors import CorruptRecord, Unavailable
 from entitlement.lua import script
 from entitlement.opening import Opening, Server, read_info
-from entitlement.receipt import Receipt, parse, replay_arguments, replay_keys
+from entitlement.receipt import Granted, parse, replay_arguments, replay_keys
 from gateway.receipts import Receipts
 from gateway.receipts.folder import Segment
 from gateway.store.connection import Connection, Reply, StoreError, pack
@@ -32,22 +43,29 @@ _log = structlog.get_logger(__name__)
 
 
 class _Call(msgspec.Struct):
-    """A receipt as a command."""
+    """A receipt as a command. `granted`: it had been granted without a hot store, and is decided by this one now."""
 
     name: tuple[str, str]
     command: bytes
+    granted: Granted | None = None
+
+
+class Pricing(Protocol):
+    """What things cost."""
+
+    def price(self, request: Consume, plan: str = "") -> Charge: ...
 
 
 class Fence:
     """Stateless but for its receipts: what is interrupted is done again, and debits nothing twice."""
 
-    def __init__(self, receipts: Receipts, tenant: str, limits: Limits, partitions: int) -> None:
+    def __init__(self, receipts: Receipts, pricing: Pricing, tenant: str, limits: Limits, partitions: int) -> None:
         self._receipts = receipts
+        self._pricing = pricing
         self._tenant = tenant
         self._limits = limits
         self._partitions = partitions
-        self._script = script("replay")
-        self._sha = hashlib.sha1(self._script.encode()).hexdigest()  # noqa: S324 - Redis names scripts by SHA-1
+        self._replay_sha, self._consume_sha = _sha("replay"), _sha("consume")
 
     async def cross(self, connection: Connection) -> Opening:
         """Returns when decisions may be taken over this connection. Raises Unavailable when they may not, yet."""
@@ -55,6 +73,7 @@ class Fence:
         owed = await self._receipts.begin(opening)
         if owed:
             await self._replay(connection, owed, opening)
+            self._receipts.replayed_all(owed, opening)
         return opening
 
     async def _vouched(self, connection: Connection) -> Opening:
@@ -71,7 +90,8 @@ class Fence:
             await asyncio.sleep(LOOK_S)
 
     async def _replay(self, connection: Connection, owed: Sequence[Segment], opening: Opening) -> None:
-        await connection.call(pack("SCRIPT", "LOAD", self._script))
+        for name in ("replay", "consume"):
+            await connection.call(pack("SCRIPT", "LOAD", script(name)))
         before = self._receipts.replayed
         known = 0
         for segment in owed:
@@ -89,29 +109,46 @@ class Fence:
         known = 0
         async with asyncio.timeout(LOADED_S):
             while calls:
-                missing: list[_Call] = []
+                again: list[_Call] = []
                 rest = iter(calls)
                 while chunk := list(islice(rest, CHUNK)):
                     replies = await connection.call_many([call.command for call in chunk])
                     for call, reply in zip(chunk, replies, strict=True):
-                        known += self._done(call, reply, missing)
-                calls = missing
+                        known += self._done(call, reply, again)
+                calls = again
                 if calls:
                     await self._ask(connection, {call.name for call in calls})
                     await asyncio.sleep(LOOK_S)
         return known
 
-    def _done(self, call: _Call, reply: Reply | StoreError, missing: list[_Call]) -> int:
+    def _done(self, call: _Call, reply: Reply | StoreError, again: list[_Call]) -> int:
+        """1 when the hot store knew of it."""
         if reply == 0:
             return 1
         if reply == 1:
             self._receipts.replayed += 1
         elif reply == b"!NOT_LOADED":
-            missing.append(call)
+            again.append(call)
         elif isinstance(reply, StoreError):
             raise Unavailable(f"hot store: {reply}")
+        elif call.granted is not None and isinstance(reply, bytes):
+            return self._settled(call, call.granted, reply, again)
         else:
             self._refuse(call.name[1], str(reply))
+        return 0
+
+    def _settled(self, call: _Call, granted: Granted, reply: bytes, again: list[_Call]) -> int:
+        outcome = parse_outcome(reply, granted.request)
+        match outcome:
+            case Decision(verdict=Verdict.ALLOW, replayed=known):
+                self._receipts.replayed += not known
+                return int(known)
+            case Decision(reason=Reason.ACCOUNT_FROZEN):
+                again.append(call)
+            case Stale(plan):
+                again.append(self._settling(Granted(plan, granted.request)))
+            case _:
+                self._refuse(call.name[1], str(outcome))
         return 0
 
     def _refuse(self, customer: str, why: str) -> None:
@@ -120,20 +157,34 @@ class Fence:
 
     def _call(self, body: bytes, segment: Segment) -> _Call | None:
         try:
-            receipt: Receipt = parse(body, self._tenant)
+            receipt = parse(body, self._tenant)
         except CorruptRecord as error:
             self._refuse("?", f"{segment.path.name}: {error}")
             return None
+        if isinstance(receipt, Granted):
+            return self._settling(receipt)
         name = (receipt.request.tenant, receipt.request.customer)
         partition = keys.partition_of(*name, self._partitions)
         arguments = replay_arguments(receipt, self._limits)
-        return _Call(name, pack("EVALSHA", self._sha, 3, *replay_keys(receipt, partition), *arguments))
+        return _Call(name, pack("EVALSHA", self._replay_sha, 3, *replay_keys(receipt, partition), *arguments))
+
+    def _settling(self, granted: Granted) -> _Call:
+        request = granted.request
+        name = (request.tenant, request.customer)
+        charge = msgspec.structs.replace(self._pricing.price(request, granted.plan), mode=None)
+        names = consume_keys(request, keys.partition_of(*name, self._partitions))
+        arguments = consume_arguments(request, charge, self._limits)
+        return _Call(name, pack("EVALSHA", self._consume_sha, 3, *names, *arguments), granted)
 
     async def _ask(self, connection: Connection, names: set[tuple[str, str]]) -> None:
         """Asks for accounts that are not there, as any call does that misses one."""
         for tenant, customer in names:
             partition = keys.partition_of(tenant, customer, self._partitions)
             await connection.call(pack("RPUSH", keys.install_requests(partition), f"{tenant} {customer}"))
+
+
+def _sha(name: str) -> str:
+    return hashlib.sha1(script(name).encode()).hexdigest()  # noqa: S324 - Redis names scripts by SHA-1
 
 
 async def identify(connection: Connection) -> Server:

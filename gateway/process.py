@@ -11,6 +11,7 @@ from entitlement.catalog import Snapshot
 from entitlement.decision import Limits
 from gateway.admission import Admission
 from gateway.catalog import Catalog
+from gateway.degraded import Degraded
 from gateway.denials import Denials
 from gateway.fence import Fence
 from gateway.receipts import Receipts, tend
@@ -30,6 +31,7 @@ class Core:
 
     def __init__(self, settings: Settings) -> None:
         limits = Limits(remember_ms=settings.remember_ms)
+        self._catalog = Catalog(durability=settings.unless_said)
         self.receipts = Receipts(settings.receipts_base, max_bytes=settings.receipts_max_mib << 20)
         self._store = RedisStore(
             Endpoint.parse(settings.redis_url),
@@ -37,10 +39,9 @@ class Core:
             partitions=settings.partitions,
             timeout_ms=settings.redis_timeout_ms,
             receipts=self.receipts,
-            fence=Fence(self.receipts, settings.tenant, limits, settings.partitions),
+            fence=Fence(self.receipts, self._catalog, settings.tenant, limits, settings.partitions),
         )
         self._tending: asyncio.Task[None] | None = None
-        self._catalog = Catalog(durability=settings.unless_said)
         denials = Denials()
         self._control = Control(
             settings.redis_url,
@@ -50,7 +51,8 @@ class Core:
             denials=denials,
             load_timeout_ms=settings.load_timeout_ms,
         )
-        self.admission = Admission(self._store, self._catalog, self._control, settings.max_in_flight)
+        self._degraded = Degraded(self._catalog, self.receipts, lambda: self._store.comings, settings.tenant)
+        self.admission = Admission(self._store, self._catalog, self._control, self._degraded, settings.max_in_flight)
         self.servicers = Servicers(self.admission, self._store, self._control, denials, settings)
 
     async def start(self) -> None:
@@ -82,6 +84,7 @@ class Core:
 
     def _swap(self, snapshot: Snapshot) -> None:
         self._catalog.swap(snapshot)
+        self._degraded.swap(snapshot.policies)
         _log.info("catalogue", generation=snapshot.generation, rate_cards=len(snapshot.rate_cards))
 
 

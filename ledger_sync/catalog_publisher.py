@@ -7,6 +7,7 @@ from typing import Final
 
 import structlog
 
+from entitlement.catalog import Policy
 from entitlement.errors import EntitlementError
 from ledger_sync.beat import Beat
 from ledger_sync.catalogs import CatalogStore
@@ -23,6 +24,7 @@ class CatalogPublisher:
     def __init__(self, catalogs: CatalogStore, hot: HotStore) -> None:
         self._catalogs = catalogs
         self._hot = hot
+        self._policies: tuple[Policy, ...] | None = None  # as they were when last looked at
         self._turn = asyncio.Lock()
         self.beat = Beat()
 
@@ -39,6 +41,11 @@ class CatalogPublisher:
     async def publish(self) -> None:
         """Makes the hot store's generation the ledger's, if it is another."""
         async with self._turn:  # The newest comes last.
+            if self._policies is None:
+                self._policies = await self._hot.policies(self._catalogs.tenant)
+            if (policies := await self._catalogs.policies()) != self._policies:
+                await self._catalogs.count_up()
+                self._policies = policies
             if await self._hot.catalog_generation() != await self._catalogs.generation():
                 catalogs = await self._catalogs.snapshot()
                 await self._hot.publish_catalog(catalogs)

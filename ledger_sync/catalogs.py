@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from entitlement.catalog import Catalogs, Durability, Feature, Kind, RateCard, Snapshot
+from entitlement.account import Config, Status
+from entitlement.catalog import Catalogs, Durability, Feature, Kind, Policy, RateCard, Snapshot
 from entitlement.errors import InvalidArgument
 from entitlement.identity import check_id
 from entitlement.rating import Rate
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ledger_sync.ledger import Connection, Ledger, Row
 
 MAX_FEATURES: Final = 1_000  # of a tenant: the catalogue is one value in the hot store
+MAX_POLICIES: Final = 10_000  # customers who may go on while the hot store is away: each gateway knows them
 MAX_VERSIONS: Final = 1_000  # of a rate card
 
 
@@ -27,15 +29,15 @@ class CatalogStore:
 
     def __init__(self, ledger: Ledger, tenant: str) -> None:
         self._ledger = ledger
-        self._tenant = tenant
+        self.tenant = tenant
 
     async def put_feature(self, message: pb.Feature, actor: str) -> pb.Feature:
         """Creates a feature or changes its unit, shadow mode or value. What it is (`kind`) stays for ever."""
         feature = checked_feature(message)
         async with self._ledger.transaction() as connection:
-            await rate_cards.lock(connection, self._tenant)
+            await rate_cards.lock(connection, self.tenant)
             row = await connection.fetchrow(
-                "SELECT * FROM features WHERE tenant = $1 AND key = $2", self._tenant, feature.key
+                "SELECT * FROM features WHERE tenant = $1 AND key = $2", self.tenant, feature.key
             )
             if row and _feature(row) == feature:
                 return feature_message(feature)
@@ -44,18 +46,18 @@ class CatalogStore:
                 """INSERT INTO features (tenant, key, kind, unit, shadow, value, durability)
                    VALUES ($1, $2, $3, $4, $5, $6, $7)
                    ON CONFLICT (tenant, key) DO UPDATE SET unit = $4, shadow = $5, value = $6, durability = $7""",
-                *(self._tenant, feature.key, int(feature.kind), feature.unit, feature.shadow, feature.value),
+                *(self.tenant, feature.key, int(feature.kind), feature.unit, feature.shadow, feature.value),
                 int(feature.durability),
             )
-            await rate_cards.count_up(connection, self._tenant)
+            await rate_cards.count_up(connection, self.tenant)
             detail = f"unit={feature.unit!r} shadow={feature.shadow} durability={feature.durability.name}"
-            await changes.audit(connection, self._tenant, actor, "PutFeature", feature.key, detail)
+            await changes.audit(connection, self.tenant, actor, "PutFeature", feature.key, detail)
         return feature_message(feature)
 
     async def _check_feature_fits(self, connection: Connection, feature: Feature, row: Row | None) -> None:
         if row and row["kind"] != feature.kind:
             raise InvalidArgument("kind", f"is {Kind(row['kind']).name} and cannot change; make another feature")
-        count = await connection.fetchval("SELECT count(*) FROM features WHERE tenant = $1", self._tenant)
+        count = await connection.fetchval("SELECT count(*) FROM features WHERE tenant = $1", self.tenant)
         if row is None and count >= MAX_FEATURES:
             raise FailedPrecondition("key", f"there are {count} features; expected at most {MAX_FEATURES}")
 
@@ -64,7 +66,7 @@ class CatalogStore:
         async with self._ledger.transaction(readonly=True) as connection:
             rows = await connection.fetch(
                 "SELECT * FROM features WHERE tenant = $1 AND key > $2 ORDER BY key LIMIT $3",
-                *(self._tenant, page.after[0] if page.after else "", page.size + 1),
+                *(self.tenant, page.after[0] if page.after else "", page.size + 1),
             )
         response = pb.ListFeaturesResponse(features=[feature_message(_feature(row)) for row in rows[: page.size]])
         if len(rows) > page.size:
@@ -88,20 +90,20 @@ class CatalogStore:
         rates = checked_rates(message)
         effective_ms = to_ms("effective_at", message.effective_at) if message.HasField("effective_at") else None
         async with self._ledger.transaction() as connection:
-            await rate_cards.lock(connection, self._tenant)
+            await rate_cards.lock(connection, self.tenant)
             await changes.check_features(
-                connection, self._tenant, [(f"rates[{n}].feature", rate.feature) for n, rate in enumerate(rates)]
+                connection, self.tenant, [(f"rates[{n}].feature", rate.feature) for n, rate in enumerate(rates)]
             )
-            await rate_cards.refuse_unmetered(connection, self._tenant, "rates", rates)
-            versions = await rate_cards.versions(connection, self._tenant, message.id)
+            await rate_cards.refuse_unmetered(connection, self.tenant, "rates", rates)
+            versions = await rate_cards.versions(connection, self.tenant, message.id)
             if same := _same(versions, rates, message.credit_type, effective_ms):
                 return card_message(same)
             card = await self._next(connection, versions, message, rates, effective_ms)
-            await rate_cards.write(connection, self._tenant, card)
-            await overrides.follow(connection, self._tenant, card.id)
-            await rate_cards.count_up(connection, self._tenant)
+            await rate_cards.write(connection, self.tenant, card)
+            await overrides.follow(connection, self.tenant, card.id)
+            await rate_cards.count_up(connection, self.tenant)
             detail = f"version={card.version} effective_ms={card.effective_ms} rates={len(rates)}"
-            await changes.audit(connection, self._tenant, actor, "PutRateCard", card.id, detail)
+            await changes.audit(connection, self.tenant, actor, "PutRateCard", card.id, detail)
         return card_message(card)
 
     async def _next(
@@ -130,7 +132,7 @@ class CatalogStore:
             rows = await connection.fetch(
                 """SELECT id, version, effective_ms, credit_type, rates FROM rate_cards
                    WHERE tenant = $1 AND (id, version) > ($2, $3) AND id NOT LIKE '=%' ORDER BY id, version LIMIT $4""",
-                *(self._tenant, *after, page.size + 1),
+                *(self.tenant, *after, page.size + 1),
             )
         response = pb.ListRateCardsResponse(
             rate_cards=[card_message(rate_cards.card_of(row)) for row in rows[: page.size]]
@@ -143,22 +145,31 @@ class CatalogStore:
     async def generation(self) -> int:
         """Counts up with every change."""
         async with self._ledger.transaction(readonly=True) as connection:
-            return await _generation(connection, self._tenant)
+            return await _generation(connection, self.tenant)
 
     async def snapshot(self) -> Catalogs:
         """The whole catalogue, as of one moment."""
         async with self._ledger.transaction(isolation="repeatable_read", readonly=True) as connection:
-            generation = await _generation(connection, self._tenant)
-            features = await connection.fetch("SELECT * FROM features WHERE tenant = $1 ORDER BY key", self._tenant)
+            generation = await _generation(connection, self.tenant)
+            features = await connection.fetch("SELECT * FROM features WHERE tenant = $1 ORDER BY key", self.tenant)
             cards = await connection.fetch(
                 """SELECT id, version, effective_ms, credit_type, rates FROM rate_cards WHERE tenant = $1
                    ORDER BY id, version""",
-                self._tenant,
+                self.tenant,
             )
-        snapshot = Snapshot(
-            self._tenant, generation, tuple(map(_feature, features)), tuple(map(rate_cards.card_of, cards))
-        )
-        return Catalogs(generation, (snapshot,))
+            policies = await _policies(connection, self.tenant)
+        listed = (tuple(map(_feature, features)), tuple(map(rate_cards.card_of, cards)), policies)
+        return Catalogs(generation, (Snapshot(self.tenant, generation, *listed),))
+
+    async def policies(self) -> tuple[Policy, ...]:
+        """Who may go on while the hot store is away, now."""
+        async with self._ledger.transaction(readonly=True) as connection:
+            return await _policies(connection, self.tenant)
+
+    async def count_up(self) -> None:
+        """Something of the snapshot that is no catalogue's entry has changed."""
+        async with self._ledger.transaction() as connection:
+            await rate_cards.count_up(connection, self.tenant)
 
 
 def _same(versions: list[RateCard], rates: tuple[Rate, ...], credit: str, effective_ms: int | None) -> RateCard | None:
@@ -172,6 +183,21 @@ async def _generation(connection: Connection, tenant: str) -> int:
     query = "SELECT coalesce(max(generation), 0) FROM catalogs WHERE tenant = $1"
     generation: int = await connection.fetchval(query, tenant)
     return generation
+
+
+async def _policies(connection: Connection, tenant: str) -> tuple[Policy, ...]:
+    rows = await connection.fetch(
+        """SELECT c.customer, c.continues, a.config
+           FROM contracts c JOIN accounts a USING (tenant, customer)
+           WHERE c.tenant = $1 AND c.state = 1 AND c.continues > 0 ORDER BY c.customer LIMIT $2""",
+        *(tenant, MAX_POLICIES),
+    )
+    found = [(row["customer"], row["continues"], Config.decode(row["config"])) for row in rows]
+    return tuple(
+        Policy(customer, config.plan, allowance, config.entitled)
+        for customer, allowance, config in found
+        if config.status is Status.ACTIVE
+    )
 
 
 def _feature(row: Row) -> Feature:

@@ -150,16 +150,18 @@ class ContractStore:
 
     async def _write(self, connection: Connection, contract: pb.Contract, state: int) -> None:
         await connection.execute(
-            """INSERT INTO contracts (tenant, id, customer, body, effective_ms, ends_ms, state, top_up_below, commits)
-               VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+            """INSERT INTO contracts (tenant, id, customer, body, effective_ms, ends_ms, state, top_up_below, commits,
+                                      continues)
+               VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
                ON CONFLICT (tenant, id) DO UPDATE SET body = $4, effective_ms = $5, ends_ms = $6, state = $7,
-                   top_up_below = $8, commits = $9, updated_at = clock_timestamp()""",
+                   top_up_below = $8, commits = $9, continues = $10, updated_at = clock_timestamp()""",
             *(self._tenant, contract.id, contract.customer, contract.SerializeToString(deterministic=True)),
             to_ms("effective_at", contract.effective_at),
             to_ms("ends_at", contract.ends_at) if contract.HasField("ends_at") else 0,
             state,
             contract.top_up.below_nanos if contract.HasField("top_up") else None,
             contract.minimum_commit_nanos > 0,
+            contract.failure_policy.allowance_nanos,
         )
 
     async def _take_effect(

@@ -18,7 +18,7 @@ from entitlement.periods import Recurrence
 from entitlement.quantity import MAX_CUMULATIVE, MAX_NANOS, within
 from entitlement.v1 import ledger_pb2 as pb
 from ledger_sync.catalog_messages import card_message, checked_rates
-from ledger_sync.translate import check_features, check_known, recurrence, to_ms, to_timestamp, unsupported
+from ledger_sync.translate import check_features, check_known, recurrence, to_ms, to_timestamp
 
 MAX_THRESHOLDS: Final = 16
 MAX_QUOTAS: Final = 64
@@ -52,7 +52,6 @@ def checked(contract: pb.Contract, now_ms: int, before: pb.Contract | None = Non
     check_id("id", contract.id)
     check_id("customer", contract.customer)
     check_id("rate_card", contract.rate_card)
-    _refuse_unsupported(contract)
     _check_terms(contract)
     full = pb.Contract()
     full.CopyFrom(contract)
@@ -76,18 +75,18 @@ def checked(contract: pb.Contract, now_ms: int, before: pb.Contract | None = Non
     full.anchor.CopyFrom(to_timestamp(_no_later("anchor", contract, anchor_ms, latest_ms)))
     if full.HasField("top_up"):
         full.top_up.via = check_known("top_up.via", full.top_up.via or pb.TopUp.DIRECT, (1, 2))  # type: ignore[assignment]
-    full.failure_policy.action = pb.FailurePolicy.TERMINATE
+    full.failure_policy.CopyFrom(_check_failure_policy(contract.failure_policy))
     return full
 
 
-def _refuse_unsupported(contract: pb.Contract) -> None:
-    policy = contract.failure_policy
-    known = (pb.FailurePolicy.ACTION_UNSPECIFIED, pb.FailurePolicy.TERMINATE, pb.FailurePolicy.CONTINUE)
-    check_known("failure_policy.action", policy.action, known)
-    if policy.action == pb.FailurePolicy.CONTINUE:
-        raise unsupported("failure_policy.action", "CONTINUE")
-    if policy.allowance_nanos:
-        raise unsupported("failure_policy.allowance_nanos", "an allowance while the hot store is away")
+def _check_failure_policy(policy: pb.FailurePolicy) -> pb.FailurePolicy:
+    known = (pb.FailurePolicy.TERMINATE, pb.FailurePolicy.CONTINUE)
+    action = check_known("failure_policy.action", policy.action or pb.FailurePolicy.TERMINATE, known)
+    if action == pb.FailurePolicy.CONTINUE:
+        within("failure_policy.allowance_nanos", policy.allowance_nanos, 1, MAX_NANOS)
+    elif policy.allowance_nanos:
+        raise InvalidArgument("failure_policy.allowance_nanos", "is for CONTINUE only: TERMINATE grants nothing")
+    return pb.FailurePolicy(action=action, allowance_nanos=policy.allowance_nanos)  # type: ignore[arg-type]
 
 
 def _check_terms(contract: pb.Contract) -> None:

@@ -20,7 +20,7 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from entitlement import keys, lua
 from entitlement.account import FROZEN, MISSING, Account, place_in
-from entitlement.catalog import Catalogs
+from entitlement.catalog import Catalogs, Policy
 from entitlement.decision import Charge, Consume, Limits, consume_arguments, consume_keys
 from entitlement.errors import Unavailable
 from entitlement.identity import is_id
@@ -286,6 +286,13 @@ class HotStore:
             reply = await self._client.get(keys.CATALOG_GENERATION)
         text = _text(reply) if reply is not None else ""
         return int(text) if text.isdecimal() else None
+
+    async def policies(self, tenant: str) -> tuple[Policy, ...]:
+        """Who may go on while the hot store is away, as gateways see it."""
+        async with _translated():
+            found = await self._client.get(keys.CATALOG)
+        snapshots = Catalogs.decode(_bytes(found)).tenants if found is not None else ()
+        return next((snapshot.policies for snapshot in snapshots if snapshot.tenant == tenant), ())
 
     async def publish_catalog(self, catalogs: Catalogs) -> None:
         """Replaces the catalogue and its generation at once."""

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from copy import deepcopy
 from typing import Protocol
 
+import msgspec
 import redis
 
 from entitlement import keys
@@ -47,13 +48,14 @@ def request(
     key: str, *usage: Usage, mode: Mode = Mode.NORMAL, event_ms: int = 0, customer: str = CUSTOMER, subject: str = ""
 ) -> Consume:
     """A checked request, as the gateway makes it from the wire."""
-    wire = pb.CheckAndConsumeRequest(idempotency_key=key, customer=customer, subject=subject, mode=int(mode))  # type: ignore[arg-type]
+    asked = Mode.ADJUST_ONLY if mode is Mode.SETTLE else mode  # No caller's mode.
+    wire = pb.CheckAndConsumeRequest(idempotency_key=key, customer=customer, subject=subject, mode=int(asked))  # type: ignore[arg-type]
     for feature, quantity in usage:
         assert 0 <= quantity <= MAX_QUANTITY
         wire.usage.add(feature=feature, quantity=quantity)
     if event_ms:
         wire.event_time.FromMilliseconds(event_ms)
-    return parse_consume(TENANT, wire)
+    return msgspec.structs.replace(parse_consume(TENANT, wire), mode=mode)
 
 
 def charge(asked: Consume, prices: Mapping[str, Price] = PRICES, *, plan: str = PLAN, version: int = VERSION) -> Charge:

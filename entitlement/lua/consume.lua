@@ -4,7 +4,8 @@
 --
 -- KEYS  1 account (hash)  2 idempotency record (string)  3 journal (stream)          all with the partition's hash tag
 -- ARGV  1 fingerprint (8 bytes)      2 the request, as journaled
---       3 mode: 1 normal, 2 best effort, 3 check only, 4 adjust only            4 event time ms, 0 = now
+--       3 mode: 1 normal, 2 best effort, 3 check only, 4 adjust only, 5 adjust what was granted while this store was
+--         away (journaled as degraded)                                          4 event time ms, 0 = now
 --       5 'tenant customer'          6 memory of the key, ms      7 oldest event, ms before now    8 newest, ms after now
 --       9 plan (rate card)          10 its version     11, 12 [from, until) ms of that version, until 0 = none
 --       13 number of usage lines, then for each line: feature, meter, compiled rate or '-' (no price) or '!' (no such
@@ -86,7 +87,8 @@ local own_h, own_l
 if own and at >= own.from then own_h, own_l = sub(own.h, own.l, own.uh, own.ul) end
 
 -- One line after the other, on local copies. `reject` gives a reason; ADJUST_ONLY and shadow features go on all the same.
-local adjust, best = ARGV[3] == '4', ARGV[3] == '2'
+local degraded = ARGV[3] == '5'
+local adjust, best = degraded or ARGV[3] == '4', ARGV[3] == '2'
 local verdict, shadow, denied, failed, any, capped, back = 1, 0, nil, nil, false, nil, false
 local charged, burned = {}, {}
 local total_h, total_l, over_h, over_l = 0, 0, a.oh, a.ol
@@ -202,7 +204,7 @@ if own_h then
 end
 redis.call('HSET', KEYS[1], unpack(writes))
 journal(KEYS[3], 1, ARGV[5], a, now, crossings,
-  struct.pack('<ddBBdddddBsss', event, started, verdict, shadow, a.sh, a.sl, a.ah, a.al, a.from, n, a.credit, ARGV[9], ARGV[10])
+  struct.pack('<ddBBdddddBsss', event, started, verdict, shadow + (degraded and 2 or 0), a.sh, a.sl, a.ah, a.al, a.from, n, a.credit, ARGV[9], ARGV[10])
     .. (n == 1 and burned[1] or table.concat(burned)) .. ARGV[2])
 local result = answer(available(a, grants, now))
 redis.call('SET', KEYS[2], ARGV[1] .. result, 'PX', ARGV[6])

@@ -17,6 +17,7 @@ ID: Final = Alphabet(is_id, "an id: 1..128 of A-Z a-z 0-9 . _ ~ @ / + = -")
 NAME: Final = Alphabet(is_name, "a name: 1..64 of a-z 0-9 . _ -, a letter first")
 DIMENSION: Final = Alphabet(is_value, "1..128 of A-Z a-z 0-9 . _ ~ @ / + -")
 
+FAILURE_ACTIONS: Final = {"terminate": pb.FailurePolicy.TERMINATE, "continue": pb.FailurePolicy.CONTINUE}
 DURABILITIES: Final = {
     "redis": pb.Feature.REDIS,
     "receipt": pb.Feature.RECEIPT,

@@ -5,7 +5,8 @@
                    price  or  tiers: [{up_to, price, flat}]}]}]
     customers:   [{id or range: {prefix, from, to, width}, name, status, subjects: [id or {id, limit, period}],
                    contract: {...}  or  contracts: [{...}], grants: [{...}]}]
-    contracts:   [{id, customer, rate_card, overrides, billing, allowance, seats, minimum_commit, top_up, ...}]
+    contracts:   [{id, customer, rate_card, overrides, billing, allowance, seats, minimum_commit, top_up,
+                   failure_policy, ...}]
     grants:      [{id, customer, amount, category, priority, recurrence, rollover_max, ...}]
 
 A customer's own `contract`, `contracts` and `grants` are templates, made for a `range` of customers: their `customer`
@@ -138,7 +139,7 @@ class _Reader:
         f = value.fields(
             *("id", "customer", "rate_card", "billing", "allowance", "gate_percent", "thresholds", "quotas"),
             *("entitled_features", "effective_at", "period", "anchor", "ends_at", "overrides", "seats"),
-            *("allowance_per_seat", "minimum_commit", "top_up"),
+            *("allowance_per_seat", "minimum_commit", "top_up", "failure_policy"),
         )
         id_, customer = self._of(f, owner, default)
         billing = f.choice("billing", BILLINGS, pb.Contract.PREPAID)
@@ -167,6 +168,7 @@ class _Reader:
             allowance_per_seat_nanos=f.amount("allowance_per_seat"),
             minimum_commit_nanos=f.amount("minimum_commit"),
             top_up=parts.top_up(rule) if (rule := f.get("top_up")) else None,
+            failure_policy=parts.failure_policy(f.get("failure_policy")),
         )
         parts.distinct(quotas, (quota.feature for quota in message.quotas), "one quota for each feature")
         self.catalogue.contracts.append(Item(id_, message, self._once("contract", id_, f.get("id") or value)))

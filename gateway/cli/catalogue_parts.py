@@ -10,7 +10,7 @@ from entitlement.identity import is_id
 from entitlement.quantity import MAX_CUMULATIVE, MAX_FLAT, MAX_PRICE
 from entitlement.rating import MAX_TIERS
 from entitlement.v1 import ledger_pb2 as pb
-from gateway.cli.catalogue import ID, RECURRENCES, VIAS
+from gateway.cli.catalogue import FAILURE_ACTIONS, ID, RECURRENCES, VIAS
 from gateway.cli.yaml_source import Alphabet, Fault, Fields, Value
 
 MAX_RANGE: Final = 100_000  # customers in one range
@@ -61,6 +61,17 @@ def top_up(value: Value) -> pb.TopUp:
     if 0 < rule.monthly_cap_nanos < rule.amount_nanos:
         raise f["monthly_cap"].fault("at least one top-up's amount")
     return rule
+
+
+def failure_policy(value: Value | None) -> pb.FailurePolicy:
+    if value is None:
+        return pb.FailurePolicy(action=pb.FailurePolicy.TERMINATE)
+    f = value.fields("action", "allowance")
+    action = f["action"].choice(FAILURE_ACTIONS)
+    policy = pb.FailurePolicy(action=action, allowance_nanos=f.amount("allowance"))
+    if (action == pb.FailurePolicy.CONTINUE) != bool(policy.allowance_nanos):
+        raise value.fault("action: continue with an allowance above zero, or action: terminate without one")
+    return policy
 
 
 def single_tier(f: Fields) -> pb.Tier:

@@ -110,10 +110,17 @@ def _contract(entry: pb.Contract) -> dict[str, str]:
         "seats": str(entry.seats),
         "allowance_per_seat": format_amount(entry.allowance_per_seat_nanos),
         "minimum_commit": format_amount(entry.minimum_commit_nanos),
+        "failure_policy": _failure_policy(entry.failure_policy),
         "top_up": _top_up(entry.top_up) if entry.HasField("top_up") else "-",
     }
     overrides = {f"override {meter}": price for meter, price in _rates(entry.overrides).items()}
     return terms | overrides | quotas
+
+
+def _failure_policy(policy: pb.FailurePolicy) -> str:
+    if policy.action != pb.FailurePolicy.CONTINUE:
+        return "terminate"
+    return f"continue up to {format_amount(policy.allowance_nanos)}"
 
 
 def _top_up(rule: pb.TopUp) -> str:

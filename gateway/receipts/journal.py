@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -24,6 +24,8 @@ from gateway.receipts.writer import Group, Turn, Writer
 MAX_REMEMBERED: Final = 50_000  # prices whose bytes are kept
 TEND_EVERY_S: Final = 0.5
 SEAL_AFTER_S: Final = 2.0  # a segment that holds something is finished after this, so that it can be dropped
+DEGRADED: Final = 0  # the opening of what was granted without a hot store
+NOTHING: Final = -1
 StreamId = tuple[int, int]
 Held = list[tuple[asyncio.Future[Any], object]]  # and what each is to be told
 
@@ -43,11 +45,13 @@ class Journals(Protocol):
 
 
 class _Sealed(msgspec.Struct):
-    """A finished segment. `marks`: how far the ledger has to come in each partition before it can be dropped."""
+    """A finished segment. `opening`: the last one under which the hot store knew all that it holds. `marks`: how far
+    the ledger has to come in each partition, under it, before the segment can be dropped.
+    """
 
     segment: Segment
+    opening: int
     marks: Mapping[int, StreamId] | None = None
-    opening: int = 0  # that the marks were taken under
 
 
 class Receipts:
@@ -68,6 +72,7 @@ class Receipts:
         self._broken = ""  # why the disk took nothing
         self.problem = ""  # why nothing can be granted now
         self.opening = 0
+        self._begun = NOTHING  # the opening of the segment in hand, as asked of the writer
         self.replayed = 0  # debited once more
         self.damaged = 0  # places found broken inside segments
         self.refused = 0  # receipts that could not be replayed
@@ -93,12 +98,34 @@ class Receipts:
             raise Unavailable(self.problem)
         known = self._prices.get(id(charge))
         price = self._price(charge) if known is None else known[1]
-        return receipt.draft(request, price, int((self._clock() + self._offset_s) * 1000))
+        return receipt.draft(request, price, self._now_ms())
 
     def keep(self, receipts: list[bytes], held: Held) -> None:
         """Makes receipts durable, then tells the futures; Unavailable if that fails. Returns at once."""
         assert self._writer is not None, "begun"
         self._writer.put(Group(receipts, partial(self._kept, held)))
+
+    async def grant(self, request: Consume, charge: Charge) -> None:
+        """Keeps what was granted while the hot store is away; durable when this returns. It goes into a segment of its
+        own, under no opening, so that it is settled when the hot store is back. Raises Unavailable.
+        """
+        if self._writer is None or self.problem:
+            raise Unavailable(self.problem or "receipts: the hot store was never there, so nobody knows whose they are")
+        if self._begun != DEGRADED:
+            self._begun = DEGRADED
+            self._writer.put(Turn(DEGRADED, _unheard))
+        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        body = receipt.draft(request, self._price(charge), self._now_ms(), receipt.DEGRADED)
+        self._writer.put(Group([body], partial(self._kept, [(done, None)])))
+        await done
+
+    @property
+    def owes(self) -> bool:
+        """Whether something was granted that no hot store knows of."""
+        return self._begun == DEGRADED or any(sealed.opening == DEGRADED for sealed in self._sealed)
+
+    def _now_ms(self) -> int:
+        return int((self._clock() + self._offset_s) * 1000)
 
     def _price(self, charge: Charge) -> bytes:
         if len(self._prices) >= MAX_REMEMBERED:
@@ -170,18 +197,26 @@ class Receipts:
         self.opening = opening.number
         self._collect()
         self._judge()
-        return [sealed.segment for sealed in self._sealed if sealed.segment.opening != opening.number]
+        return [sealed.segment for sealed in self._sealed if sealed.opening != opening.number]
+
+    def replayed_all(self, segments: Sequence[Segment], opening: Opening) -> None:
+        """The hot store knows all that these segments hold, under this opening."""
+        numbers = {segment.number for segment in segments}
+        for sealed in self._sealed:
+            if sealed.segment.number in numbers:
+                sealed.opening, sealed.marks = opening.number, None
 
     async def _claim(self, deployment: str) -> None:
         await self.stop()
         self._folder = folder = Folder.claim(self._base, deployment)
         self._deployment = deployment
         folder.clear_spare()
-        self._sealed = [_Sealed(segment) for segment in folder.segments()]
+        self._sealed = [_Sealed(segment, segment.opening) for segment in folder.segments()]
         self._writer = Writer(folder)
         self._writer.start()
 
     async def _turn(self, opening: int) -> str:
+        self._begun = opening
         assert self._writer is not None and self._loop is not None
         done: asyncio.Future[str] = self._loop.create_future()
 
@@ -201,7 +236,7 @@ class Receipts:
             if segment.is_empty:
                 self._folder.discard(segment)
             else:
-                self._sealed.append(_Sealed(segment))
+                self._sealed.append(_Sealed(segment, segment.opening))
 
     # What is settled
 
@@ -213,7 +248,7 @@ class Receipts:
             return
         waited = self._clock() - self._begun_s > SEAL_AFTER_S and self._writer.current_bytes > 0
         if waited or self._broken:
-            self._broken = await self._turn(self.opening)
+            self._broken = await self._turn(self._begun)
         self._collect()
         try:
             if self._sealed:
@@ -223,21 +258,17 @@ class Receipts:
 
     async def _drop_settled(self, journals: Journals) -> None:
         opening = self.opening
-        if any(sealed.marks is None or sealed.opening != opening for sealed in self._sealed):
-            fresh = [sealed for sealed in self._sealed if sealed.marks is None or sealed.opening != opening]
+        known = [sealed for sealed in self._sealed if sealed.opening == opening]
+        if fresh := [sealed for sealed in known if sealed.marks is None]:
             marks = await journals.last_ids()  # All that they hold had been journaled before.
             for sealed in fresh:
-                sealed.marks, sealed.opening = marks, opening
+                if sealed.opening == opening:
+                    sealed.marks = marks
         settled = await journals.settled()
-        if opening != self.opening:
-            return
-        kept = []
-        for sealed in self._sealed:
-            if _is_settled(sealed, settled):
+        for sealed in known:
+            if sealed.opening == self.opening == opening and _is_settled(sealed, settled):
+                self._sealed.remove(sealed)
                 self._discard(sealed.segment)
-            else:
-                kept.append(sealed)
-        self._sealed = kept
 
     def _discard(self, segment: Segment) -> None:
         assert self._folder is not None
@@ -264,6 +295,10 @@ def _is_settled(sealed: _Sealed, settled: Mapping[int, tuple[int, StreamId]]) ->
         if opening != sealed.opening or reached < mark:
             return False
     return True
+
+
+def _unheard(error: str) -> None:
+    """A turn that fails is seen by the receipts that come after it."""
 
 
 async def tend(receipts: Receipts, journals: Journals) -> None:

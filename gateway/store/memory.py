@@ -172,10 +172,11 @@ class _Attempt:
             allowance=account.allowance,
             cycle_start=account.period_start,
             request=request.payload,
+            degraded=request.mode is Mode.SETTLE,
         )
 
     def _line(self, index: int, line: Line, price: Price) -> None:
-        account, adjust = self.account, self.request.mode is Mode.ADJUST_ONLY
+        account, adjust = self.account, self.request.mode in (Mode.ADJUST_ONLY, Mode.SETTLE)
         if account.config.status is Status.FROZEN:
             raise _Denied(Reason.ACCOUNT_FROZEN, index)
         if account.config.status is not Status.ACTIVE and not adjust:
@@ -202,7 +203,7 @@ class _Attempt:
         self.lines.append(BurnedLine(price.meter, quantity, amount, burns))
 
     def _reject(self, reason: Reason, index: int, price: Price) -> None:
-        if self.request.mode is Mode.ADJUST_ONLY:
+        if self.request.mode in (Mode.ADJUST_ONLY, Mode.SETTLE):
             return
         if not price.shadow:
             raise _Denied(reason, index)

@@ -62,6 +62,7 @@ class RedisStore:
         self._doubted = asyncio.Event()  # another opening was seen: decisions stop until the fence is crossed again
         self._keeper: asyncio.Task[None] | None = None
         self._up = asyncio.Event()
+        self.comings = 0  # times that decisions became possible
 
     @property
     def connected(self) -> bool:
@@ -198,6 +199,7 @@ class RedisStore:
                 raise Unavailable(f"hot store: {type(error).__name__}: {error}") from None
         if connection.lost.done():
             raise Unavailable("hot store: connection lost")
+        self.comings += 1
         self._connection = connection
         self._doubted.clear()
         self._up.set()
@@ -261,6 +263,8 @@ class RedisStore:
                 await asyncio.sleep(WATCH_S)
                 continue
             number = Opening.parse(found).number if isinstance(found, bytes) else 0
+            if self._receipts.owes:
+                return  # What was granted while this was away is settled before anything else.
             if number != self._number:
                 _log.warning("the hot store is not as it was", opening=number, was=self._number)
                 return

@@ -15,5 +15,9 @@ CREATE TABLE fence (
 );
 INSERT INTO fence DEFAULT VALUES;
 
+-- The most that a gateway may grant while the hot store is away (failure_policy CONTINUE); 0: nothing.
+ALTER TABLE contracts ADD COLUMN continues bigint NOT NULL DEFAULT 0;
+CREATE INDEX contracts_continuing ON contracts (tenant, customer) WHERE state = 1 AND continues > 0;
+
 -- What a grant of the feature rests on (Feature.Durability); 0: as the gateway is set.
 ALTER TABLE features ADD COLUMN durability smallint NOT NULL DEFAULT 0;

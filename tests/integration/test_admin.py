@@ -346,12 +346,12 @@ class TestContracts:
             (
                 {"failure_policy": pb.FailurePolicy(action=pb.FailurePolicy.CONTINUE)},
                 INVALID,
-                "failure_policy.action: CONTINUE is not supported yet",
+                "failure_policy.allowance_nanos: 0 is outside",
             ),
             (
                 {"failure_policy": pb.FailurePolicy(allowance_nanos=1)},
                 INVALID,
-                "failure_policy.allowance_nanos: an allowance while",
+                "failure_policy.allowance_nanos: is for CONTINUE only",
             ),
             ({"entitled_features": ["nope"]}, INVALID, "entitled_features[0]: feature 'nope' does not exist"),
             ({"entitled_features": ["input.tokens"] * 2}, INVALID, "entitled_features: names a feature twice"),

@@ -95,7 +95,12 @@ def admission(answer: Answer, *plans: str, limit: int = 100) -> tuple[Admission,
     store, loader, catalog = Store(answer), Loader(), Catalog(lambda: NOW)
     if plans:
         catalog.swap(snapshot(*plans))
-    return Admission(store, catalog, loader, limit), store, loader, catalog
+    return Admission(store, catalog, loader, NoPolicy(), limit), store, loader, catalog
+
+
+class NoPolicy:
+    async def decide(self, request: Consume, away: Unavailable) -> Decision:
+        raise away
 
 
 async def test_a_decision_is_given_back_after_one_question() -> None:
