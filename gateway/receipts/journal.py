@@ -127,6 +127,12 @@ class Receipts:
     def _now_ms(self) -> int:
         return int((self._clock() + self._offset_s) * 1000)
 
+    async def append(self, body: bytes) -> None:
+        """Makes one receipt durable before it returns. Raises Unavailable."""
+        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.keep([body], [(done, None)])
+        await done
+
     def _price(self, charge: Charge) -> bytes:
         if len(self._prices) >= MAX_REMEMBERED:
             self._prices.clear()

@@ -14,15 +14,18 @@ import structlog
 
 from entitlement import keys
 from entitlement.account import MISSING, Account
+from entitlement.catalog import Durability
 from entitlement.decision import Charge, Consume, Limits, Outcome, consume_arguments, consume_keys, parse_outcome
 from entitlement.errors import CorruptRecord, Unavailable
 from entitlement.lua import script
 from entitlement.opening import Opening
-from gateway.fence import Fence
+from entitlement.receipt import is_due
+from gateway.fence import Fence, identify
 from gateway.receipts import Receipts
 from gateway.store.connection import Argument, Connection, Endpoint, Reply, StoreError, connect, pack
 from gateway.store.packing import Packer
 from gateway.store.protocol import Sight
+from gateway.store.replicated import Replicated
 
 BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.01, 1.0
 START_S = 1.0  # how long a start waits for the fence to be crossed
@@ -61,6 +64,8 @@ class RedisStore:
         self._opening: Opening | None = None
         self._doubted = asyncio.Event()  # another opening was seen: decisions stop until the fence is crossed again
         self._keeper: asyncio.Task[None] | None = None
+        self._copies: Replicated | None = None
+        self._making_copies = asyncio.Lock()
         self._up = asyncio.Event()
         self.comings = 0  # times that decisions became possible
 
@@ -88,9 +93,11 @@ class RedisStore:
             await asyncio.gather(keeper, return_exceptions=True)
         if self._connection is not None:
             self._connection.close()
-            self._up.clear()
+            self._down("not connected")
 
     async def consume(self, request: Consume, charge: Charge) -> Outcome:
+        if charge.durability is Durability.RECEIPT_REPLICA:
+            return await self._consume_replicated(request, charge)
         try:
             connection = self._connection or self._away()
             reply = await connection.call(self._packer.pack(request, charge), self._draft(request, charge))
@@ -101,6 +108,8 @@ class RedisStore:
     async def consume_many(self, calls: Sequence[tuple[Consume, Charge]]) -> list[Outcome]:
         if not calls:
             return []
+        if any(charge.durability is Durability.RECEIPT_REPLICA for _, charge in calls):
+            return await asyncio.gather(*[self.consume(*call) for call in calls])
         connection = self._connection or self._away()
         draft, packed = self._draft, self._packer.pack
         drafts = [draft(request, charge) for request, charge in calls]
@@ -111,6 +120,32 @@ class RedisStore:
                 reply = await self._again(reply, request, charge)
             outcomes.append(_outcome(reply, request))
         return outcomes
+
+    async def _consume_replicated(self, request: Consume, charge: Charge) -> Outcome:
+        draft = self._draft(request, charge)
+        copies = await self._copying()
+        try:
+            reply = await copies.decide(self._packer.pack(request, charge))
+        except StoreError as error:
+            if not str(error).startswith("NOSCRIPT"):
+                raise Unavailable(f"hot store: {error}") from None
+            reply = await copies.decide(pack("EVAL", self._consume, *self._arguments(request, charge)))
+        if draft and isinstance(reply, bytes) and is_due(reply):
+            assert self._receipts is not None, "it has made the draft"
+            await self._receipts.append(draft + reply)
+        return _outcome(reply, request)
+
+    async def _copying(self) -> Replicated:
+        """The connection on which a replica is waited for: to the same Redis as the other one."""
+        async with self._making_copies:
+            if self._copies is None or self._copies.lost:
+                main = self._connection or self._away()
+                connection = await connect(self._endpoint, self._timeout_ms)
+                if await identify(connection) != await identify(main):
+                    connection.close()
+                    raise Unavailable("hot store: it is becoming another one")
+                self._copies = Replicated(connection, self._timeout_ms)
+            return self._copies
 
     def _arguments(self, request: Consume, charge: Charge) -> tuple[Argument, ...]:
         partition = keys.partition_of(request.tenant, request.customer, self._partitions)
@@ -232,6 +267,9 @@ class RedisStore:
                     connection.close()
 
     def _down(self, why: str) -> None:
+        if self._copies is not None:
+            self._copies.close()
+            self._copies = None
         self._why = why
         self._connection = None
         self._up.clear()
