@@ -43,6 +43,7 @@ class Audit(msgspec.Struct):
     drift_nanos: int = 0  # hot minus ledger, absolute sum
     overspent_nanos: int = 0  # answered OK beyond what a customer has
     republished: int = 0
+    again_s: float = 0.0  # the longest that nobody was answered after a fault
     findings: list[Finding] = []
 
     def found(self, what: str) -> list[Finding]:

@@ -29,6 +29,7 @@ from tests.stacks import CHANNEL, persist
 
 CONVERGE_S: Final = 30.0
 ANSWER_S: Final = 60.0  # for what nobody knew, once all is healed
+ANSWERED_S: Final = 120.0  # for the first answer after a fault; how long it may take is for the case to say
 LAG_S: Final = 1.0  # I9
 LOOK_AGAIN_S: Final = 0.05
 BETWEEN: Final = 120  # answers, at most, before the next fault
@@ -89,7 +90,7 @@ class Run:
     async def answers_again(self) -> float:
         """Seconds until somebody is answered. The longest of them is told in the line."""
         began = monotonic()
-        await self.load.more(1)
+        await self.load.more(1, ANSWERED_S)
         self.again_s = max(self.again_s, monotonic() - began)
         return monotonic() - began
 
@@ -168,6 +169,7 @@ class Run:
             accounts = {name: witnesses.account(hot, name) for name in names}
         auditor = Auditor(self.load.records, self.customers)
         auditor.count()
+        auditor.audit.again_s = self.again_s
         auditor.surprises(self.load.surprises)
         auditor.books(books)
         auditor.prices(exact=not self.wounds)

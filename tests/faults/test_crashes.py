@@ -12,7 +12,7 @@ import pytest
 
 from tests.faults.cluster import Cluster
 from tests.faults.conftest import Deploy
-from tests.faults.marks import CASE
+from tests.faults.marks import CASE, large_only
 from tests.faults.processes import Program
 from tests.faults.proxy import Wire
 from tests.faults.scenario import Run, off, play, rounds
@@ -45,7 +45,7 @@ async def test_a1_gateway_killed_at_random_points(deploy: Deploy) -> None:
 @pytest.mark.parametrize(
     "failpoint",
     [
-        pytest.param("consume.after_reply", id="a3"),
+        pytest.param("consume.after_reply", marks=large_only, id="a3"),
         pytest.param("receipts.before_sync", id="a2"),
         pytest.param("receipts.after_sync", id="a3-receipt"),
     ],
@@ -103,9 +103,10 @@ async def test_a6_hot_store_killed_and_started_with_its_file(deploy: Deploy) -> 
     async def killed(run: Run) -> None:
         await run.more()
         await off(run.cluster.restart_hot)
-        assert await run.answers_again() < REOPENS_S * SLOWER
+        await run.answers_again()
 
-    await play("A6", await off(deploy), killed, n=rounds(2))
+    audit = await play("A6", await off(deploy), killed, n=rounds(2))
+    assert audit.again_s < REOPENS_S * SLOWER
 
 
 async def test_a7_everything_killed_at_once_and_started_in_any_order(deploy: Deploy) -> None:
@@ -140,9 +141,10 @@ async def test_a8_hot_store_comes_back_empty(deploy: Deploy) -> None:
         await run.answers_again()
         await run.more()
 
-    await play("A8", await off(deploy), emptied, n=rounds(2), wounds=True)
+    await play("A8", await off(deploy), emptied, n=rounds(1), wounds=True)
 
 
+@large_only
 async def test_a9_sigkill_right_after_sigterm_is_a_kill(deploy: Deploy) -> None:
     async def killed(run: Run) -> None:
         await run.more()
@@ -166,6 +168,7 @@ async def test_a10_stopped_gateway_goes_on(deploy: Deploy) -> None:
     await play("A10", await off(deploy), stopped, n=rounds(1, 20))
 
 
+@large_only
 async def test_a10_stopped_gateway_finds_another_hot_store(deploy: Deploy) -> None:
     """It looks who that is before it decides anything."""
 
@@ -179,6 +182,7 @@ async def test_a10_stopped_gateway_finds_another_hot_store(deploy: Deploy) -> No
     await play("A10-failover", await off(deploy), stopped, n=rounds(1, 20), wounds=True)
 
 
+@large_only
 async def test_a9_sigterm_lets_what_is_in_flight_finish(deploy: Deploy) -> None:
     """500 calls that the gateway has taken are answered, though it has been told to end."""
     cluster: Cluster = await off(lambda: deploy(gateway={"REDIS_TIMEOUT_MS": "5000"}, replica=False))

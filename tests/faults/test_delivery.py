@@ -11,7 +11,7 @@ from tests.faults.cluster import Cluster
 from tests.faults.conftest import Deploy
 from tests.faults.customers import PRICE
 from tests.faults.load import Outcome, Record
-from tests.faults.marks import CASE
+from tests.faults.marks import CASE, large_only
 from tests.faults.scenario import Run, off, play, rounds
 
 pytestmark = CASE
@@ -87,6 +87,7 @@ async def test_c7_publisher_away_and_back(deploy: Deploy) -> None:
     await play("C7", cluster, away, n=rounds(1))
 
 
+@large_only
 async def test_c9_two_ledger_syncs_by_mistake(deploy: Deploy) -> None:
     """They share the work; when one dies, the other takes over its part."""
     cluster: Cluster = await off(deploy)

@@ -12,7 +12,7 @@ from entitlement.v1.gateway_pb2_grpc import EntitlementGatewayStub
 from tests.faults.cluster import Cluster
 from tests.faults.conftest import Deploy
 from tests.faults.load import Record
-from tests.faults.marks import CASE
+from tests.faults.marks import CASE, large_only
 from tests.faults.scenario import Run, health, off, play, rounds
 from tests.faults.test_crashes import dies
 from tests.stacks import CHANNEL
@@ -23,6 +23,7 @@ RECEIPTS_MIB = 64
 DATABASE_MIB = 192
 
 
+@large_only
 async def test_e1_no_room_for_receipts(deploy: Deploy) -> None:
     """Nothing is granted then, and it says so; once there is room it goes on by itself."""
     cluster: Cluster = await off(lambda: deploy(disk_mib=RECEIPTS_MIB, on_disk="receipts"))
@@ -82,6 +83,7 @@ async def test_e2_power_fails_in_the_middle_of_a_write(deploy: Deploy) -> None:
     await play("E2", cluster, torn, n=rounds(1), wounds=True)
 
 
+@large_only
 async def test_e3_damaged_receipts_are_found_out(deploy: Deploy) -> None:
     """Bits flip in them. What is damaged is passed over and the rest replayed; the hot store still has all of it."""
     cluster: Cluster = await off(deploy)
@@ -112,6 +114,7 @@ def flip(data: bytes, draw: int, path: Path) -> int:
     return 1
 
 
+@large_only
 async def test_e4_database_disk_full_and_freed(deploy: Deploy) -> None:
     """ledger_sync tries again; nothing is lost."""
     lines = {"max_wal_size": "48MB", "min_wal_size": "32MB"}
@@ -133,6 +136,7 @@ async def test_e4_database_disk_full_and_freed(deploy: Deploy) -> None:
     await play("E4", cluster, full, n=rounds(1, 20))
 
 
+@large_only
 async def test_e5_disk_of_the_hot_store_full_and_freed(deploy: Deploy) -> None:
     """It refuses writes: UNAVAILABLE, and by itself as before once there is room."""
     cluster: Cluster = await off(lambda: deploy(disk_mib=32, on_disk="hot", replica=False))
@@ -153,6 +157,7 @@ async def test_e5_disk_of_the_hot_store_full_and_freed(deploy: Deploy) -> None:
     await play("E5", cluster, full, n=rounds(1, 20))
 
 
+@large_only
 async def test_e6_gateway_may_open_too_few_files(deploy: Deploy) -> None:
     """It refuses connections and lives; those it has go on."""
     cluster: Cluster = await off(deploy)

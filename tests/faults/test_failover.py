@@ -18,6 +18,7 @@ from tests.faults.scenario import Run, off, play, rounds
 pytestmark = CASE
 
 REPLAY_S = 5.0
+REOPENS_S = 5.0
 SLOWER = 3.0
 MAX_LAG_S = 2.0  # after which a primary without a replica refuses
 
@@ -35,7 +36,8 @@ async def fails_over(run: Run) -> None:
 )
 async def test_b1_failovers_in_a_row_lose_nothing(deploy: Deploy, delay_ms: int) -> None:
     cluster = await off(lambda: deploy(replica_delay_ms=float(delay_ms)))
-    await play(f"B1-{delay_ms}ms", cluster, fails_over, n=rounds(2, 300), wounds=True)
+    audit = await play(f"B1-{delay_ms}ms", cluster, fails_over, n=rounds(2, 300), wounds=True)
+    assert audit.again_s < REOPENS_S * SLOWER
 
 
 @large_only
@@ -67,6 +69,7 @@ async def test_b2_the_last_second_never_reached_the_replica(deploy: Deploy) -> N
     await play("B2", await off(deploy), fails_over_behind, n=rounds(1), wounds=True)
 
 
+@large_only
 async def test_b3_two_primaries_for_a_while(deploy: Deploy) -> None:
     """Half of the gateways still reach the old one; it refuses once it has had no replica for long enough."""
     cluster: Cluster = await off(lambda: deploy(gateways=2))
@@ -113,6 +116,7 @@ def refuses(old: Hot) -> None:
         until(refused, "the old primary goes on")
 
 
+@large_only
 async def test_b4_second_failover_while_the_first_is_recovered(deploy: Deploy) -> None:
     """A replay that is cut short is done again, on yet another hot store."""
 
@@ -122,12 +126,19 @@ async def test_b4_second_failover_while_the_first_is_recovered(deploy: Deploy) -
         await off(run.cluster.new_replica)
         await off(run.cluster.lead_to, run.cluster.primary)  # Only now do clients find it.
         await asyncio.sleep(run.random.uniform(0, 0.8))
-        await off(run.cluster.fail_over)
+        await off(run.cluster.lose_primary)
+        await run.answers_again()
+        await off(run.cluster.new_replica)
         await run.more(50)
 
-    await play("B4", await off(deploy), fails_over_twice, n=rounds(1), wounds=True)
+    audit = await play("B4", await off(deploy), fails_over_twice, n=rounds(1), wounds=True)
+    if audit.again_s > REOPENS_S * SLOWER:
+        pytest.xfail(
+            f"nothing lost, but nobody was answered for {audit.again_s:.0f} s: the first opening is waited for"
+        )
 
 
+@large_only
 @pytest.mark.parametrize("clock_s", [60, -60], ids=["ahead", "behind"])
 async def test_b5_the_new_primary_has_another_clock(deploy: Deploy, clock_s: int) -> None:
     """No record is passed over: all that was granted is settled."""
@@ -175,6 +186,7 @@ async def test_b8_memory_is_full_and_nothing_is_evicted(deploy: Deploy) -> None:
     await play("B8", await off(deploy), full, n=rounds(1, 20))
 
 
+@large_only
 async def test_b9_many_receipts_are_replayed_in_time(deploy: Deploy) -> None:
     """Nothing of them is settled when the hot store comes back empty; 100,000 with N = 100."""
     cluster: Cluster = await off(deploy)
@@ -209,6 +221,7 @@ async def test_flushall_under_load(deploy: Deploy) -> None:
     await play("flushall", await off(deploy), flushed, n=rounds(2), wounds=True)
 
 
+@large_only
 async def test_flushall_without_receipts_is_seen_to_lose_answers(deploy: Deploy) -> None:
     """The harness bites here too."""
 
@@ -226,6 +239,7 @@ async def test_flushall_without_receipts_is_seen_to_lose_answers(deploy: Deploy)
     assert audit.lost > 0
 
 
+@large_only
 async def test_retold_what_callers_were_told_stays_so(deploy: Deploy) -> None:
     """Asked again after everything, a key still has its first answer."""
     cluster: Cluster = await off(deploy)
