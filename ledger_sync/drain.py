@@ -134,8 +134,7 @@ class Lane:
     async def _settle(self, batch: Batch) -> None:
         started = monotonic()
         if batch.rejected:
-            await self._ledger.quarantine(batch.rejected)
-            self._rejected(batch.rejected)
+            self._rejected(await self._ledger.quarantine(batch.rejected))
         if batch.posted:
             await self._book(batch.posted)
             oldest_ms = min([posted.record.recorded_ms for posted in batch.posted])
@@ -163,8 +162,7 @@ class Lane:
             outcome = await self._ledger.post([record], refused=why, opening=self.opening)
         except LedgerRefused:  # Not even its account's position can move: the next record will show the gap.
             rejected = [Rejected(record.arrival, Reason.REFUSED, why)]
-            await self._ledger.quarantine(rejected)
-            self._rejected(rejected)
+            self._rejected(await self._ledger.quarantine(rejected))
             return
         self._report(outcome)
 

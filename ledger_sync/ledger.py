@@ -202,10 +202,10 @@ class Ledger:
                 await fence.hold(connection, opening)
             return await self._bookkeeper.book(connection, batch, refused)
 
-    async def quarantine(self, rejected: Sequence[Rejected]) -> None:
-        """Keeps records that cannot be booked, once each."""
+    async def quarantine(self, rejected: Sequence[Rejected]) -> list[Rejected]:
+        """Keeps records that cannot be booked, once each; those that it had not kept before."""
         async with self.transaction() as connection:
-            await quarantine.keep(connection, rejected)
+            return await quarantine.keep(connection, rejected)
 
     @contextlib.asynccontextmanager
     async def lease(self, name: str, waited: Callable[[], None] = lambda: None) -> AsyncIterator[Lease]:

@@ -29,7 +29,8 @@ MAX_NAMES: Final = 300  # bytes in which they end, or there are none
 
 _INSERT: Final = """
 INSERT INTO quarantine (stream, entry_id, reason, record)
-SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::bytea[]) ON CONFLICT (stream, entry_id) DO NOTHING"""
+SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::bytea[]) ON CONFLICT (stream, entry_id) DO NOTHING
+RETURNING stream, entry_id"""
 
 _MISMATCH: Final = """
 INSERT INTO audit (tenant, actor, action, subject, outcome, detail)
@@ -60,16 +61,19 @@ class Kept(msgspec.Struct, frozen=True):
         return self.reason.partition(":")[0]
 
 
-async def keep(connection: Connection, rejected: Sequence[Rejected]) -> None:
-    """Once each, however often they come. In the caller's transaction."""
-    if rejected:
-        await connection.execute(
-            _INSERT,
-            [item.arrival.stream for item in rejected],
-            [item.arrival.entry_id.decode() for item in rejected],
-            [plain(f"{item.reason}: {item.detail}") for item in rejected],
-            [item.arrival.data for item in rejected],
-        )
+async def keep(connection: Connection, rejected: Sequence[Rejected]) -> list[Rejected]:
+    """Once each, however often they come; those that had not come before. In the caller's transaction."""
+    if not rejected:
+        return []
+    rows = await connection.fetch(
+        _INSERT,
+        [item.arrival.stream for item in rejected],
+        [item.arrival.entry_id.decode() for item in rejected],
+        [plain(f"{item.reason}: {item.detail}") for item in rejected],
+        [item.arrival.data for item in rejected],
+    )
+    fresh = {(row["stream"], row["entry_id"].encode()) for row in rows}
+    return [item for item in rejected if (item.arrival.stream, item.arrival.entry_id) in fresh]
 
 
 async def audit_mismatches(connection: Connection, batch: Sequence[Posted], rejected: Sequence[Rejected]) -> None:

@@ -223,8 +223,7 @@ async def test_unknown_accounts_are_quarantined_and_the_rest_is_booked(ledger: L
 
 async def test_rejected_records_are_kept_whole_and_once(ledger: Ledger) -> None:
     rejected = [Rejected(arrival(b"\x00\xffrubbish"), Reason.UNDECODABLE, "a NUL \0 and a surrogate \ud800")]
-    for _ in range(2):
-        await ledger.quarantine(rejected)
+    assert [await ledger.quarantine(rejected) for _ in range(2)] == [rejected, []]  # Told, and counted, once.
     (row,) = await rows(ledger, "SELECT stream, entry_id, reason, record FROM quarantine")
     assert (row["stream"], row["entry_id"], row["record"]) == ("j:{7}", "1-1", b"\x00\xffrubbish")
     assert row["reason"] == "undecodable: a NUL \\0 and a surrogate \\ud800"
