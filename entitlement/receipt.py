@@ -77,9 +77,11 @@ def parse(data: bytes, tenant: str) -> Receipt | Granted:
         reply = data[start + request_size :]
         end = reply.index(0, 1)
         decision = parse_answer(reply, end + 1, reply[1:end].decode(), request, replayed=False)
+        if not len(meters) == len(request.lines) == len(decision.charged):
+            raise CorruptRecord(f"receipt has {len(request.lines)} lines, answered {len(decision.charged)} of them")
     except (ValueError, IndexError, KeyError, StructError, InvalidArgument) as error:
         raise CorruptRecord(f"receipt does not decode: {type(error).__name__}: {error}") from None
-    return Receipt(at_ms, plan, version, tuple(meters), request, reply[end + 1 :], decision)
+    return Receipt(at_ms, plan, decision.rate_version or version, tuple(meters), request, reply[end + 1 :], decision)
 
 
 def replay_keys(receipt: Receipt, partition: int) -> tuple[str, bytes, str]:

@@ -104,11 +104,10 @@ class Opener:
         async with self._ledger.transaction() as connection:
             opening = await fence.begin(connection, server.identity)
         log.warning("another hot store", opening=opening.number, run_id=server.identity.run_id)
-        await self._settle()
+        await self._settle(server)
         behind = await self._behind()
         await self._hot.freeze(behind, FROZEN_MS)
-        if (await self._hot.server()).identity != server.identity:
-            raise Unavailable("hot store: it has become another one meanwhile")
+        await self._is_still(server)
         await self._hot.open(opening)
         async with self._ledger.transaction() as connection:
             await fence.opened(connection, opening)
@@ -116,13 +115,23 @@ class Opener:
         self._installer.request(behind)
         log.warning("the hot store is open", opening=opening.number, behind=len(behind))
 
-    async def _settle(self) -> None:
-        """What the journal of this hot store holds goes to the ledger first."""
+    async def _settle(self, server: Server) -> None:
+        """What the journal of this hot store holds goes to the ledger first. Ends when it becomes another one."""
         ids = await self._hot.last_ids(range(self._hot.partitions))
-        found = await asyncio.gather(*[self._settled_to(*item) for item in ids.items()], return_exceptions=True)
-        for error in found:
-            if error is not None:
-                raise error
+        settling = asyncio.gather(*[self._settled_to(*item) for item in ids.items() if item[1] != "0-0"])
+        try:
+            while not settling.done():
+                self.beat()
+                await self._is_still(server)
+                await asyncio.wait([settling], timeout=LOOK_S)
+            await settling
+        finally:
+            settling.cancel()
+            await asyncio.gather(settling, return_exceptions=True)
+
+    async def _is_still(self, server: Server) -> None:
+        if (await self._hot.server()).identity != server.identity:
+            raise Unavailable("hot store: it has become another one meanwhile")
 
     async def _settled_to(self, partition: int, stream_id: str) -> None:
         try:

@@ -252,7 +252,8 @@ class Receipts:
         """
         if self._writer is None:
             return
-        waited = self._clock() - self._begun_s > SEAL_AFTER_S and self._writer.current_bytes > 0
+        # Not while others wait to be dropped: a small file takes as much of the disk as a full one.
+        waited = not self._sealed and self._clock() - self._begun_s > SEAL_AFTER_S and self._writer.current_bytes > 0
         if waited or self._broken:
             self._broken = await self._turn(self._begun)
         self._collect()
