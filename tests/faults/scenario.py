@@ -32,6 +32,7 @@ ANSWER_S: Final = 60.0  # for what nobody knew, once all is healed
 ANSWERED_S: Final = 120.0  # for the first answer after a fault; how long it may take is for the case to say
 LAG_S: Final = 1.0  # I9
 LOOK_AGAIN_S: Final = 0.05
+MOST_NOTES: Final = 4  # in a line, the last ones
 BETWEEN: Final = 120  # answers, at most, before the next fault
 
 Result = TypeVar("Result")
@@ -205,11 +206,11 @@ class Run:
 
     def line(self, audit: Audit) -> str:
         again = f"answering again after {self.again_s:.1f} s at most, " if self.again_s else ""
-        notes = "".join(f", {note}" for note in self.notes)
+        notes = "".join(f", {note}" for note in self.notes[-MOST_NOTES:])
         return (
             f"faults {self.case}: seed {self.seed}, rounds {self.rounds}, {audit.figures()}, "
             f"{again}at rest after {self.rest.took_s:.1f} s, lag {self.rest.lag_s * 1000:.0f} ms{notes} "
-            f"(again: make faults CASE={self.case.partition('-')[0]} SEED={self.seed})"
+            f"(again: make faults N={self.rounds} CASE={self.case.partition('-')[0]} SEED={self.seed})"
         )
 
 
@@ -224,7 +225,6 @@ async def play(
     callers: int = 16,
     pace_s: float = 0.01,
     insist_s: float = INSIST_S,
-    only: Callable[[Customer], bool] = lambda _: True,
 ) -> Audit:
     """Plays a case: `fault`, `n` times, while the load flows; then phase B and the audit, whose line is printed.
 
@@ -235,8 +235,7 @@ async def play(
     try:
         await run.prepare()
         async with stubs(cluster.addresses) as gateways:
-            asking = [customer for customer in run.customers if only(customer)]
-            run.load = Load(gateways, asking, run.random, callers=callers, pace_s=pace_s, insist_s=insist_s)
+            run.load = Load(gateways, run.customers, run.random, callers=callers, pace_s=pace_s, insist_s=insist_s)
             async with flowing(run.load):
                 for run.rounds in range(1, n + 1):
                     await fault(run)

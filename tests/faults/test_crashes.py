@@ -16,6 +16,7 @@ from tests.faults.marks import CASE, large_only
 from tests.faults.processes import Program
 from tests.faults.proxy import Wire
 from tests.faults.scenario import Run, off, play, rounds
+from tests.gateway_process import installed
 
 pytestmark = CASE
 
@@ -32,14 +33,18 @@ async def dies(program: Program) -> None:
     assert await off(program.exit_code) == -signal.SIGKILL
 
 
-async def test_a1_gateway_killed_at_random_points(deploy: Deploy) -> None:
+@pytest.mark.parametrize("transport", ["grpcio", pytest.param("envoy", marks=large_only)])
+async def test_a1_gateway_killed_at_random_points(deploy: Deploy, transport: str) -> None:
+    installed(transport)
+
     async def killed(run: Run) -> None:
         await run.more()
         began = monotonic()
         await off(run.cluster.gateways[0].restart)
         assert monotonic() - began < SERVES_AGAIN_S * SLOWER
 
-    await play("A1", await off(deploy), killed, n=rounds(3, 300))
+    cluster = await off(lambda: deploy(transport=transport))
+    await play("A1", cluster, killed, n=rounds(3, 300))
 
 
 @pytest.mark.parametrize(
