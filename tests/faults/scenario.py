@@ -70,7 +70,7 @@ class Run:
         self.case = case
         self.cluster = cluster
         self.seed = seed
-        self.random = Random(seed)
+        self.random = Random(f"{seed} {case}")  # No two cases of a run have the same customers.
         self.wounds = wounds
         self.customers: list[Customer] = []
         self.load: Load

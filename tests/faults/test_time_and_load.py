@@ -56,7 +56,7 @@ async def test_d1_gateway_with_a_wrong_clock(deploy: Deploy, clock_s: int) -> No
         assert events == 0
         await off(gateway.restart)
 
-    await play(f"D1{clock_s:+}s", cluster, wrong, n=rounds(1, 20))
+    await play(f"D1-{clock_s:+}s", cluster, wrong, n=rounds(1, 20))
 
 
 @large_only
@@ -165,7 +165,7 @@ async def test_d4_slow_hot_store(deploy: Deploy, how: str) -> None:
         run.note(f"{how}: slowest {slowest_s * 1000:.0f} ms, well {took_s:.2f} s after")
         assert took_s < RECOVERS_S * SLOWER
 
-    await play("D4", cluster, slow, n=rounds(1, 20))
+    await play(f"D4-{how}", cluster, slow, n=rounds(1, 20))
 
 
 @large_only
