@@ -319,6 +319,7 @@ class BadDisk:
         self.fails = ""  # at: write, torn, sync, create, name
         self.failed: set[int] = set()
         self.written: list[int] = []
+        self.open: list[int] = []
         self._real = os.pwrite, os.fsync, os.posix_fallocate
         monkeypatch.setattr(os, "pwrite", self._write)
         monkeypatch.setattr(os, "fsync", self._fsync)
@@ -327,6 +328,7 @@ class BadDisk:
 
     def _fail(self, fd: int, code: int) -> None:
         self.failed.add(os.fstat(fd).st_ino)
+        self.open.append(os.dup(fd))  # So that no new file gets its number.
         raise OSError(code, os.strerror(code))
 
     def _write(self, fd: int, data: bytes | memoryview, at: int) -> int:
@@ -356,8 +358,11 @@ class BadDisk:
 
 
 @pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> BadDisk:
-    return BadDisk(monkeypatch)
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[BadDisk]:
+    made = BadDisk(monkeypatch)
+    yield made
+    for fd in made.open:
+        os.close(fd)
 
 
 async def refused(future: Awaitable[object]) -> str:
