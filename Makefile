@@ -20,7 +20,7 @@ demo: venv  ## the whole path on this machine, verified to the nano
 	@$(BIN)/python -m gateway.cli demo $(ARGS)
 
 test: venv  ## the tests; ARGS="-k name -x" goes to pytest
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 faults: venv  ## kills, cut wires and full disks under load; N=100 CASE=B1 SEED=7
 	@FAULTS_N=$(N) FAULTS_SEED=$(SEED) $(BIN)/python -m pytest tests/faults -s $(if $(CASE),-k $(CASE)_) $(ARGS)

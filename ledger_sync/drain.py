@@ -285,13 +285,11 @@ class Drain:
     async def _serve(self, number: int, taken: asyncio.Future[bool]) -> None:
         async with self._ledger.try_lease(f"{LEASE}/{number}/{len(self._lanes)}") as lease:
             taken.set_result(lease is not None)
-            if lease is None:
-                return
-            try:
-                await self._lanes[number].run(lease)
-            except Stale as over:
-                log.warning("a lane begins anew", lane=number, why=str(over))
-                self._serving.pop(number, None)
+            while lease is not None:
+                try:
+                    await self._lanes[number].run(lease)
+                except Stale as over:
+                    log.warning("a lane begins anew", lane=number, why=str(over))
 
     async def settled(self, partition: int, stream_id: str) -> None:
         """Returns when the ledger has every record of the partition's journal up to that id. Bound it by a deadline.
