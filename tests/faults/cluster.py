@@ -148,6 +148,10 @@ class Cluster:
             self.primary.forget_disk()
         self.primary.restart()
 
+    def put_aside(self, hot: Hot) -> None:
+        """One that is nobody's primary or replica any more; it ends with the deployment, at the latest."""
+        self._retired.append(hot)
+
     def heal(self) -> None:
         """Everything that should run runs, and every wire carries."""
         for wire in self.wires:

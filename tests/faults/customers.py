@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from typing import Final
 
@@ -64,6 +65,14 @@ def put_customers(admin: str, random: Random, rich: int = 10) -> list[Customer]:
         )
         made += [_put(stub, random, CALLS, 0, arrears, most_nanos=CREDIT_LINE * 3 // 2)]
     return made
+
+
+def put_many(admin: str, random: Random, count: int) -> list[Customer]:
+    """So many more with plenty."""
+    with grpc.insecure_channel(admin, options=CHANNEL) as channel, ThreadPoolExecutor(16) as pool:
+        stub = LedgerAdminStub(channel)
+        draws = [Random(random.getrandbits(64)) for _ in range(count)]
+        return list(pool.map(lambda draw: _put(stub, draw, CALLS, PLENTY), draws))
 
 
 def _put(

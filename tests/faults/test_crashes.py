@@ -10,8 +10,10 @@ from time import monotonic
 import grpc
 import pytest
 
+from tests.faults import witnesses
 from tests.faults.cluster import Cluster
 from tests.faults.conftest import Deploy
+from tests.faults.customers import put_many
 from tests.faults.marks import CASE, large_only
 from tests.faults.processes import Program
 from tests.faults.proxy import Wire
@@ -158,6 +160,27 @@ async def test_a9_sigkill_right_after_sigterm_is_a_kill(deploy: Deploy) -> None:
         await run.more(30)
 
     await play("A9-kill", await off(deploy), killed, n=rounds(1))
+
+
+@large_only
+async def test_a8_many_accounts_come_back_in_time(deploy: Deploy) -> None:
+    """By themselves, in the background; 10,000 with N = 100."""
+    count = 10_000 if rounds(0) >= 100 else 500
+
+    async def emptied(run: Run) -> None:
+        more = await off(put_many, run.cluster.admin_address(), run.random, count)
+        run.customers += more
+        names = [customer.id for customer in more]
+        await run.load.ask_again([run.load.draw(customer=customer) for customer in more], CONVERGES_S)
+        await off(lambda: run.cluster.restart_hot(empty=True))
+        began = monotonic()
+        with run.cluster.primary.client() as hot:
+            async with asyncio.timeout(CONVERGES_S * SLOWER):
+                while await off(witnesses.loaded, hot, names) < count:  # noqa: ASYNC110  It is elsewhere.
+                    await asyncio.sleep(0.05)
+        run.note(f"{count} accounts are back after {monotonic() - began:.1f} s")
+
+    await play("A8-many", await off(deploy), emptied, wounds=True, pace_s=0.05)
 
 
 async def test_a10_stopped_gateway_goes_on(deploy: Deploy) -> None:

@@ -84,6 +84,7 @@ async def test_b3_two_primaries_for_a_while(deploy: Deploy) -> None:
         assert new is not None
         cluster.replication.back.silent = cluster.replication.towards.silent = True  # Nobody is told.
         await off(new.promote)
+        cluster.put_aside(old)
         cluster.primary, cluster.replica = new, None
         await off(cluster.lead_to, new)
         cluster.gateway_wires[0].lead_to(old.path)  # This one has not heard of it.

@@ -124,6 +124,14 @@ def account(hot: redis.Redis, customer: str, partitions: int = keys.PARTITIONS) 
     return Account.decode(cast("dict[bytes, bytes]", hot.hgetall(name)))
 
 
+def loaded(hot: redis.Redis, customers: Sequence[str], partitions: int = keys.PARTITIONS) -> int:
+    """How many of these accounts are in the hot store."""
+    with hot.pipeline(transaction=False) as pipeline:
+        for customer in customers:
+            pipeline.hexists(keys.account(keys.partition_of(TENANT, customer, partitions), TENANT, customer), "d")
+        return sum(map(bool, pipeline.execute()))
+
+
 class Published(msgspec.Struct):
     """The events of usage that have left."""
 
