@@ -10,12 +10,15 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from tests.faults.disk import SmallDisk
 from tests.faults.processes import Database, Hot, Program, until
 from tests.faults.proxy import Wire, Wires
+
+TIMEOUT_MS: Final = 1_000  # of a gateway for its hot store: this machine has other things to do
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -212,6 +215,7 @@ class Cluster:
             "LISTEN": self.gateway_address(number),
             "REDIS_URL": f"redis://127.0.0.1:{self.gateway_wires[number].port}",
             "TRANSPORT": self.options.transport,
+            "REDIS_TIMEOUT_MS": str(TIMEOUT_MS),
             "DURABILITY": self.options.durability,
             "RECEIPTS_DIR": str((self._small("receipts") or self.folder) / "receipts"),
         }
