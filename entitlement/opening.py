@@ -52,6 +52,8 @@ class Opening(msgspec.Struct, frozen=True):
         try:
             number, token, deployment = text.decode("ascii").split(" ")
             run_id, replid = token.split("/")
+            if not deployment.isalnum():
+                raise ValueError(deployment)
             return cls(int(number), Identity(run_id, replid), deployment)
         except ValueError:
             raise CorruptRecord(f"ent:open holds {text[:60]!r}") from None

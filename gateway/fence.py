@@ -73,7 +73,6 @@ class Fence:
         owed = await self._receipts.begin(opening)
         if owed:
             await self._replay(connection, owed, opening)
-            self._receipts.replayed_all(owed, opening)
         return opening
 
     async def _vouched(self, connection: Connection) -> Opening:
@@ -93,38 +92,48 @@ class Fence:
         for name in ("replay", "consume"):
             await connection.call(pack("SCRIPT", "LOAD", script(name)))
         before = self._receipts.replayed
-        known = 0
+        whole = []
         for segment in owed:
-            known += await self._replay_segment(connection, segment)
-        replayed = self._receipts.replayed - before
-        _log.warning("receipts replayed", opening=opening.number, debited=replayed, known=known, segments=len(owed))
+            if await self._replay_segment(connection, segment):
+                whole.append(segment)
+            else:
+                self._receipts.put_off(segment)
+        self._receipts.replayed_all(whole, opening)
+        _log.warning(
+            "receipts replayed",
+            opening=opening.number,
+            debited=self._receipts.replayed - before,
+            segments=len(whole),
+            put_off=len(owed) - len(whole),
+        )
 
-    async def _replay_segment(self, connection: Connection, segment: Segment) -> int:
-        """How many of its receipts the hot store knew."""
+    async def _replay_segment(self, connection: Connection, segment: Segment) -> bool:
+        """Whether the hot store knows all of it now. What belongs to accounts that do not come in time is left for
+        later: it does not hold up all others.
+        """
         scan = segment.read()
+        refused = self._receipts.refused
         if scan.damaged:
             self._receipts.damaged += scan.damaged
             _log.error("receipts are damaged", segment=segment.path.name, places=scan.damaged, whole=len(scan.bodies))
         calls = [call for body in scan.bodies if (call := self._call(body, segment)) is not None]
-        known = 0
-        async with asyncio.timeout(LOADED_S):
-            while calls:
-                again: list[_Call] = []
-                rest = iter(calls)
-                while chunk := list(islice(rest, CHUNK)):
-                    replies = await connection.call_many([call.command for call in chunk])
-                    for call, reply in zip(chunk, replies, strict=True):
-                        known += self._done(call, reply, again)
-                calls = again
-                if calls:
-                    await self._ask(connection, {call.name for call in calls})
-                    await asyncio.sleep(LOOK_S)
-        return known
+        deadline = asyncio.get_running_loop().time() + LOADED_S
+        while calls and asyncio.get_running_loop().time() < deadline:
+            again: list[_Call] = []
+            rest = iter(calls)
+            while chunk := list(islice(rest, CHUNK)):
+                replies = await connection.call_many([call.command for call in chunk])
+                for call, reply in zip(chunk, replies, strict=True):
+                    self._done(call, reply, again)
+            calls = again
+            if calls:
+                await self._ask(connection, {call.name for call in calls})
+                await asyncio.sleep(LOOK_S)
+        if scan.damaged or self._receipts.refused > refused:
+            self._receipts.keep_copy(segment)
+        return not calls
 
-    def _done(self, call: _Call, reply: Reply | StoreError, again: list[_Call]) -> int:
-        """1 when the hot store knew of it."""
-        if reply == 0:
-            return 1
+    def _done(self, call: _Call, reply: Reply | StoreError, again: list[_Call]) -> None:
         if reply == 1:
             self._receipts.replayed += 1
         elif reply == b"!NOT_LOADED":
@@ -132,24 +141,21 @@ class Fence:
         elif isinstance(reply, StoreError):
             raise Unavailable(f"hot store: {reply}")
         elif call.granted is not None and isinstance(reply, bytes):
-            return self._settled(call, call.granted, reply, again)
-        else:
+            self._settled(call, call.granted, reply, again)
+        elif reply != 0:  # 0: it knew of it.
             self._refuse(call.name[1], str(reply))
-        return 0
 
-    def _settled(self, call: _Call, granted: Granted, reply: bytes, again: list[_Call]) -> int:
+    def _settled(self, call: _Call, granted: Granted, reply: bytes, again: list[_Call]) -> None:
         outcome = parse_outcome(reply, granted.request)
         match outcome:
             case Decision(verdict=Verdict.ALLOW, replayed=known):
                 self._receipts.replayed += not known
-                return int(known)
             case Decision(reason=Reason.ACCOUNT_FROZEN):
                 again.append(call)
             case Stale(plan):
                 again.append(self._settling(Granted(plan, granted.request)))
             case _:
                 self._refuse(call.name[1], str(outcome))
-        return 0
 
     def _refuse(self, customer: str, why: str) -> None:
         self._receipts.refused += 1
@@ -178,9 +184,8 @@ class Fence:
 
     async def _ask(self, connection: Connection, names: set[tuple[str, str]]) -> None:
         """Asks for accounts that are not there, as any call does that misses one."""
-        for tenant, customer in names:
-            partition = keys.partition_of(tenant, customer, self._partitions)
-            await connection.call(pack("RPUSH", keys.install_requests(partition), f"{tenant} {customer}"))
+        lists = {name: keys.install_requests(keys.partition_of(*name, self._partitions)) for name in names}
+        await connection.call_many([pack("RPUSH", where, " ".join(name)) for name, where in lists.items()])
 
 
 def _sha(name: str) -> str:

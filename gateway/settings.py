@@ -6,6 +6,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import quote
 
 import msgspec
 
@@ -55,11 +56,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def receipts_base(self) -> Path:
-        """The folder of all receipts; each gateway takes one of its own in it."""
-        if self.receipts_dir:
-            return Path(self.receipts_dir)
+        """The folder of the tenant's receipts; each gateway takes one of its own in it."""
         home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-        return Path(home) / "entitlement-gateway" / "receipts"
+        base = Path(self.receipts_dir) if self.receipts_dir else Path(home) / "entitlement-gateway" / "receipts"
+        return base / f"tenant-{quote(self.tenant, safe='')}"
 
     @property
     def unless_said(self) -> Durability:

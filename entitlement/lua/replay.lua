@@ -8,7 +8,8 @@
 --       6 'tenant customer'   7 memory of the key, ms   8 plan (rate card)   9 its version   10 verdict   11 shadow: 0, 1
 --       12 subject, or ''   13 number of lines, then for each line: feature, meter, units, nanos
 -- Returns 1 when it was debited, 0 when it is known; '!NOT_LOADED', '!MISSING' (the ledger has no such customer) or
--- '!RANGE': it cannot be debited. What comes back with '!' has changed nothing.
+-- '!RANGE': it cannot be debited. What comes back with '!' has changed nothing, but for a period that was over: it is
+-- turned by whatever touches the account.
 if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
 local n, subject = tonumber(ARGV[13]), ARGV[12]
 local names = {'c', 'd', 'g'}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +16,7 @@ from gateway.receipts.frames import HEADER_BYTES, Header, Scan, pack_header, rea
 SEGMENT_BYTES: Final = 8 << 20
 MAX_GATEWAYS: Final = 256  # with receipts in the same place
 MAX_SPARE: Final = 2  # files kept for new segments: to write over is cheaper than to allocate
+MAX_KEPT: Final = 16
 _SUFFIX: Final = ".receipts"
 
 
@@ -27,6 +29,7 @@ class Segment(msgspec.Struct):
     size: int
     end: int = HEADER_BYTES
     fd: int = -1  # open for writing
+    failed: bool = False  # a write or a sync of it has: it is not written again, whatever comes
 
     @property
     def seed(self) -> int:
@@ -100,12 +103,13 @@ class Folder:
             self._sync()
         except OSError:
             os.close(fd)
+            path.unlink(missing_ok=True)
             raise
         return Segment(path, number, opening, size, fd=fd)
 
     def discard(self, segment: Segment) -> None:
         """The segment's receipts are not needed any more; its file may serve again."""
-        if len(self._spare) < MAX_SPARE and segment.size == SEGMENT_BYTES:
+        if len(self._spare) < MAX_SPARE and segment.size == SEGMENT_BYTES and not segment.failed:
             spare = segment.path.with_suffix(".spare")
             segment.path.rename(spare)
             self._spare.append((spare, segment.size))
@@ -119,6 +123,13 @@ class Folder:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+    def keep(self, segment: Segment) -> None:
+        """A copy for people, of what is damaged or could not be replayed; the newest that there is room for."""
+        kept = sorted(self.path.glob("*.kept"))
+        for path in kept[: max(0, len(kept) - MAX_KEPT + 1)]:
+            path.unlink(missing_ok=True)
+        shutil.copyfile(segment.path, segment.path.with_suffix(".kept"))
 
     def clear_spare(self) -> None:
         """Removes what an earlier process kept for new segments."""

@@ -23,6 +23,7 @@ from gateway.receipts.writer import Group, Turn, Writer
 
 MAX_REMEMBERED: Final = 50_000  # prices whose bytes are kept
 TEND_EVERY_S: Final = 0.5
+AGAIN_S: Final = 30.0
 SEAL_AFTER_S: Final = 2.0  # a segment that holds something is finished after this, so that it can be dropped
 DEGRADED: Final = 0  # the opening of what was granted without a hot store
 NOTHING: Final = -1
@@ -72,6 +73,7 @@ class Receipts:
         self._broken = ""  # why the disk took nothing
         self.problem = ""  # why nothing can be granted now
         self.opening = 0
+        self._again_s = 0.0  # not before this are receipts replayed that could not be
         self._begun = NOTHING  # the opening of the segment in hand, as asked of the writer
         self.replayed = 0  # debited once more
         self.damaged = 0  # places found broken inside segments
@@ -121,8 +123,10 @@ class Receipts:
 
     @property
     def owes(self) -> bool:
-        """Whether something was granted that no hot store knows of."""
-        return self._begun == DEGRADED or any(sealed.opening == DEGRADED for sealed in self._sealed)
+        """Whether something was granted that the hot store may not know of, and it is time to tell it."""
+        if self._clock() < self._again_s:
+            return False
+        return self._begun == DEGRADED or any(sealed.opening != self.opening for sealed in self._sealed)
 
     def _now_ms(self) -> int:
         return int((self._clock() + self._offset_s) * 1000)
@@ -167,7 +171,9 @@ class Receipts:
 
     def _judge(self) -> None:
         """Whether grants can be kept now."""
-        if self._broken:
+        if self._writer is not None and not self._writer.alive:
+            self.problem = "receipts: their writer has ended; nothing is granted until the gateway is started again"
+        elif self._broken:
             self.problem = f"receipts: {self._broken}; nothing is granted until the disk takes them again"
         elif (size := self.size) > self._max_bytes:
             self.problem = f"receipts: {size} bytes wait for the ledger, the limit is {self._max_bytes}"
@@ -204,6 +210,19 @@ class Receipts:
         self._collect()
         self._judge()
         return [sealed.segment for sealed in self._sealed if sealed.opening != opening.number]
+
+    def put_off(self, segment: Segment) -> None:
+        """Not all of it could be replayed, for now: it stays, and is tried again in a while."""
+        self._again_s = self._clock() + AGAIN_S
+        _log.error("receipts wait for their accounts", segment=segment.path.name, again_s=AGAIN_S)
+
+    def keep_copy(self, segment: Segment) -> None:
+        """For people to look at: something in it is damaged or cannot be replayed."""
+        assert self._folder is not None, "begun"
+        try:
+            self._folder.keep(segment)
+        except OSError as error:
+            _log.error("receipts that cannot be replayed are not kept", segment=segment.path.name, error=str(error))
 
     def replayed_all(self, segments: Sequence[Segment], opening: Opening) -> None:
         """The hot store knows all that these segments hold, under this opening."""
@@ -268,6 +287,8 @@ class Receipts:
         known = [sealed for sealed in self._sealed if sealed.opening == opening]
         if fresh := [sealed for sealed in known if sealed.marks is None]:
             marks = await journals.last_ids()  # All that they hold had been journaled before.
+            if not marks:
+                return  # Receipts, and no journal: it has been emptied.
             for sealed in fresh:
                 if sealed.opening == opening:
                     sealed.marks = marks

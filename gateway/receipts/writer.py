@@ -55,6 +55,10 @@ class Writer:
     def put(self, item: Group | Turn) -> None:
         self._queue.put(item)
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def take_sealed(self) -> list[Segment]:
         """The segments that have been finished since the last call."""
         with self._lock:
@@ -97,6 +101,8 @@ class Writer:
         except OSError as failure:
             # What is in this file may or may not be on disk, and a second sync would not tell: it is not used again.
             error = failure.strerror or str(failure)
+            if self._segment is not None:
+                self._segment.failed = True
             self._seal()
         for group in groups:
             group.kept(error)

@@ -189,7 +189,10 @@ class RedisStore:
     async def last_ids(self) -> dict[int, tuple[int, int]]:
         """The id that each partition's journal has given last."""
         commands = [pack("XINFO", "STREAM", keys.journal(partition)) for partition in range(self._partitions)]
-        replies = await (self._connection or self._away()).call_many(commands)
+        # The last word is whose they were: a hot store that has been emptied meanwhile would seem to have settled all.
+        *replies, told = await (self._connection or self._away()).call_many([*commands, pack("GET", keys.OPEN)])
+        if (Opening.parse(told).number if isinstance(told, bytes) else 0) != self._number:
+            raise Unavailable("hot store: it is not as it was")
         found = {}
         for partition, reply in enumerate(replies):
             if isinstance(reply, list):

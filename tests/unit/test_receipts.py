@@ -410,9 +410,6 @@ class TestBadDisk:
             await self._fail_and_recover(made, disk, fails)
             assert not disk.failed & set(disk.written)
 
-    @pytest.mark.xfail(
-        strict=True, reason="a failed segment that held nothing before becomes a spare, and is used again"
-    )
     @pytest.mark.parametrize("fails", FAILURES)
     async def test_nor_one_that_held_nothing_before(self, tmp_path: Path, disk: BadDisk, fails: str) -> None:
         async with desk(tmp_path) as made:
@@ -422,7 +419,6 @@ class TestBadDisk:
                 await made.kept(b"later")
             assert not disk.failed & set(disk.written)
 
-    @pytest.mark.xfail(strict=True, reason="a failed segment becomes a spare once it is settled, and is used again")
     async def test_nor_when_what_it_holds_is_settled(self, tmp_path: Path, disk: BadDisk) -> None:
         async with desk(tmp_path) as made:
             made.streams.ids, made.streams.reached = {1: (5, 0)}, {1: (1, (5, 0))}
@@ -461,7 +457,6 @@ class TestBadDisk:
             assert made.receipts.problem == ""
             assert held(await made.receipts.begin(opening(3)))[0] == b"before"
 
-    @pytest.mark.xfail(strict=True, reason="each try on a full disk leaves a file that nobody removes")
     async def test_a_full_disk_is_not_filled_further_by_trying(self, tmp_path: Path, disk: BadDisk) -> None:
         async with desk(tmp_path) as made:
             await made.kept(b"before")
@@ -583,7 +578,6 @@ class TestDropping:
             await made.sealed()
             assert held(await made.receipts.begin(opening(2))) == [b"one"]
 
-    @pytest.mark.xfail(strict=True, reason="a hot store without any stream, as FLUSHALL leaves it, settles everything")
     async def test_an_emptied_hot_store_settles_nothing(self, tmp_path: Path) -> None:
         """FLUSHALL: there is no stream and no word of what is settled, until the ledger has opened it again."""
         async with desk(tmp_path, 1) as made:
