@@ -83,21 +83,22 @@ class Bed:
             conf.write("track_commit_timestamp = on\n")  # How long a decision was on its way into the ledger.
 
     @contextmanager
-    def site(self, transport: str = "envoy") -> Iterator[Site]:
+    def site(self, transport: str = "envoy", durability: str = "receipt") -> Iterator[Site]:
         """A stack on a copy of the prepared folder; both go away afterwards."""
         self._made += 1
         folder = self.folder / f"trial-{self._made}"
         copy_folder(self._template, folder)
         try:
-            with self._running(folder, transport) as site:
+            with self._running(folder, transport, durability) as site:
                 yield site
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
-    def _running(self, folder: Path, transport: str) -> Iterator[Site]:
+    def _running(self, folder: Path, transport: str, durability: str = "receipt") -> Iterator[Site]:
         deaths: list[str] = []
         gateway = {"ENTITLEMENT_GATEWAY_TRANSPORT": transport, "ENTITLEMENT_GATEWAY_REFLECTION": "false"}
+        gateway["ENTITLEMENT_GATEWAY_DURABILITY"] = durability
         hot = {"LD_PRELOAD": self.preload} if self.preload else {}
         stack = DevStack(folder, env={"gateway": gateway, "valkey": hot}, report=deaths.append)
         stack.start()

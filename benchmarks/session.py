@@ -40,7 +40,7 @@ class Session:
         self.trials = trials
         self.trace = trace
         self.grpcio = tuple(grpcio)
-        self._shared: dict[str, Site] = {}
+        self._shared: dict[tuple[str, str], Site] = {}
         self._exits = ExitStack()
 
     def pick(self, whole: float, quick: float) -> float:
@@ -50,17 +50,18 @@ class Session:
         return quick if self.quick else whole
 
     @contextmanager
-    def site(self, transport: str = "envoy") -> Iterator[Site]:
+    def site(self, transport: str = "envoy", durability: str = "receipt") -> Iterator[Site]:
         """A stack that is warm."""
         if not self.quick:
-            with self.bed.site(transport) as site:
+            with self.bed.site(transport, durability) as site:
                 self._warm(site)
                 yield site
             return
-        if transport not in self._shared:
-            self._shared[transport] = self._exits.enter_context(self.bed.site(transport))
-            self._warm(self._shared[transport])
-        yield self._shared[transport]
+        kind = (transport, durability)
+        if kind not in self._shared:
+            self._shared[kind] = self._exits.enter_context(self.bed.site(transport, durability))
+            self._warm(self._shared[kind])
+        yield self._shared[kind]
 
     def _warm(self, site: Site) -> None:
         seconds = self.pick(1.0, 0.3)
