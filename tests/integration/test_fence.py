@@ -30,7 +30,8 @@ from gateway import fence
 from gateway.process import Process
 from gateway.receipts import Receipts, writer
 from gateway.receipts import journal as receipts_journal
-from gateway.receipts.frames import read_header, scan, seed_of
+from gateway.receipts.folder import Segment
+from gateway.receipts.frames import Scan, read_header, scan, seed_of
 from gateway.settings import Settings
 from gateway.store import connection, redis_store
 from gateway.store.redis_store import RedisStore
@@ -139,6 +140,15 @@ def kept(folder: Path, kind: str = "receipts") -> list[Receipt]:
             assert isinstance(receipt, Receipt)
             found.append(receipt)
     return found
+
+
+def damage(folder: Path, was: bytes, becomes: bytes, kind: str = "receipts") -> None:
+    """Changes bytes where they first stand in the only file."""
+    (path,) = folder.rglob(f"*.{kind}")
+    at = path.read_bytes().index(was)
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(becomes)
 
 
 async def refused(gateway: Rig, key: str) -> str:
@@ -339,6 +349,50 @@ class TestAnother:
             await health_is(gateway, SERVING)
             assert (await insisted(lambda: gateway.consume("k5", (TOKENS, 1)))).verdict == pb.VERDICT_ALLOW
             assert charged(gateway) == [f"k{number}" for number in range(6)]
+
+    async def test_two_gateways_each_bring_their_own(self, gateway: Rig, folder: Path) -> None:
+        async with rig(gateway.bench.url, receipts_dir=str(folder)) as other:
+            await consumed(gateway, 10)
+            await consumed(other, 10, first=10)
+            await gateway.consume("k15", (TOKENS, 1))  # Both have answered for this one.
+            opening = anew(gateway)
+            await crossed(gateway, opening)
+            await crossed(other, opening)
+            assert receipts(gateway).replayed + receipts(other).replayed == 20
+            assert sorted(charged(gateway)) == sorted(f"k{number}" for number in range(20))
+            assert await settled(other) == 20
+
+    async def test_receipts_that_cannot_be_read_now_hold_decisions_until_they_can(
+        self, gateway: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await consumed(gateway, 5)
+        real, failed = Segment.read, 0
+
+        def read(segment: Segment) -> Scan:
+            nonlocal failed
+            failed += 1
+            if failed <= 2:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(segment)
+
+        monkeypatch.setattr(Segment, "read", read)
+        opening = anew(gateway)
+        await until(lambda: failed)
+        assert charged(gateway) == []
+        await crossed(gateway, opening)
+        assert charged(gateway) == [f"k{number}" for number in range(5)]
+
+    async def test_a_damaged_receipt_is_counted_and_kept_and_the_rest_is_replayed(
+        self, gateway: Rig, folder: Path
+    ) -> None:
+        await consumed(gateway, 5)
+        damage(folder, b"k2", b"K2")
+        await crossed(gateway, anew(gateway))
+        assert (receipts(gateway).replayed, receipts(gateway).damaged) == (4, 1)
+        assert charged(gateway) == ["k0", "k1", "k3", "k4"]
+        assert [receipt.request.key for receipt in kept(folder, "kept")] == ["k0", "k1", "k3", "k4"]
+        damage(folder, b"K2", b"k2", "kept")  # It is in there, as it was found.
+        assert [receipt.request.key for receipt in kept(folder, "kept")] == [f"k{number}" for number in range(5)]
 
     @pytest.mark.timeout(180)
     async def test_20_000_receipts(self, gateway: Rig) -> None:

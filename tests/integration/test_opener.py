@@ -319,7 +319,11 @@ class TestEmptied:
         again = await shop.consume("bob", INPUT, 1_000, key="k1")
         assert (again.replayed, again.sequence) == (False, 2)
 
-    async def test_many_accounts_come_back_before_anybody_asks(self, shop: Rig, redis: Redis) -> None:
+    @pytest.mark.parametrize("together", [1_000, 100])
+    async def test_many_accounts_come_back_before_anybody_asks(
+        self, shop: Rig, redis: Redis, monkeypatch: pytest.MonkeyPatch, together: int
+    ) -> None:
+        monkeypatch.setattr(opener, "REFILL", together)
         names = await self._many(shop, redis)
         await shop.consume("c7", INPUT, 1_000)
         await shop.settled("c7")
@@ -328,7 +332,7 @@ class TestEmptied:
         await opened(shop, 2)
         await eventually(partial(all_live, redis, len(names)))
         accounts = await shop.hot.snapshots(names)
-        assert [account.epoch for account in accounts if account] == [2] * 500
+        assert [account.epoch >= 2 for account in accounts if account] == [True] * 500
         spent = {names[at][1]: account.settled for at, account in enumerate(accounts) if account and account.settled}
         assert spent == {"c7": 3_000_000}
 

@@ -479,6 +479,37 @@ class TestBadDisk:
                 await made.tend()
             assert len(files(tmp_path)) <= 2
 
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+    @pytest.mark.parametrize(
+        "before",
+        [
+            0,
+            pytest.param(
+                1,
+                marks=pytest.mark.xfail(strict=True, reason="tend waits for ever for a turn of the writer that ended"),
+            ),
+        ],
+    )
+    async def test_a_writer_that_has_ended_is_noticed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int
+    ) -> None:
+        def broken(bodies: list[bytes], seed: int) -> bytes:
+            raise ValueError("a broken promise")
+
+        async with desk(tmp_path) as made:
+            for _ in range(before):
+                await made.kept(b"before")
+            monkeypatch.setattr(writer, "pack_frames", broken)
+            lost = made.keep(b"lost")
+            ended = made.receipts._writer
+            assert ended is not None
+            await asyncio.to_thread(ended._thread.join, DEADLINE_S)
+            async with asyncio.timeout(5.0):
+                await made.sealed()
+            with pytest.raises(Unavailable, match="receipts"):
+                made.draft()
+            assert not (lost.done() and lost.exception() is None)
+
     async def test_a_folder_that_cannot_be_had_is_unavailable(self, tmp_path: Path) -> None:
         (tmp_path / DEPLOYMENT).touch()
         made = Desk(tmp_path)
