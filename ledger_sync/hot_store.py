@@ -32,7 +32,7 @@ from ledger_sync.drift import Place
 CHUNK: Final = 500  # commands in one pipeline
 REQUESTS: Final = 1_000  # install requests taken from one list at once
 TIMEOUT_S: Final = 5.0
-CONNECTIONS: Final = 32
+CONNECTIONS: Final = 256  # as many as there may be partitions to look after at once, and callers
 _MARKS: Final = (MISSING.encode(), FROZEN.encode())  # of an account that is not there
 
 Value = str | bytes | int

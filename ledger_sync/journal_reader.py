@@ -206,6 +206,7 @@ class JournalReader:
 class _Position(msgspec.Struct, frozen=True):
     """Where the group stands in one stream."""
 
+    last: StreamId  # that the stream has given
     delivered: StreamId  # the last entry that was read
     pending: StreamId | None  # the first that was read and is not acknowledged
     unsettled: int
@@ -215,6 +216,9 @@ class _Position(msgspec.Struct, frozen=True):
         return (self.pending or self.delivered)[0]
 
     def settled(self, stream_id: StreamId) -> bool:
+        """Also when the stream has begun anew since that id was given: then its entries are nowhere any more."""
+        if self.last < stream_id:
+            return True
         return self.delivered >= stream_id and (self.pending is None or self.pending > stream_id)
 
 
@@ -238,7 +242,7 @@ def _position(info: object, groups: object, pending: object) -> _Position | None
     assert isinstance(info, dict) and isinstance(groups, list)
     group = next((group for group in groups if group["name"] == keys.GROUP.encode()), None)
     if group is None:
-        return _Position((0, 0), None, info["length"])
+        return _Position(parse_id(info["last-generated-id"]), (0, 0), None, info["length"])
     if isinstance(pending, Exception):
         raise pending
     assert isinstance(pending, dict)
@@ -247,7 +251,7 @@ def _position(info: object, groups: object, pending: object) -> _Position | None
     if unread is None:  # Not known after deletions in the middle; then at most:
         unread = info["length"]
     first = pending["min"]
-    return _Position(delivered, parse_id(first) if first else None, pending["pending"] + unread)
+    return _Position(last, delivered, parse_id(first) if first else None, pending["pending"] + unread)
 
 
 def _as_it_comes(response: object, **_: object) -> object:
