@@ -135,15 +135,25 @@ class UsageRecorder:
             events.append(Open(index, msgspec.structs.replace(request, mode=Mode.ADJUST_ONLY)))
         return events
 
-    async def without_known(self, events: list[Open], tally: Tally) -> list[Open]:
-        """The ledger remembers keys for ever, the hot store for an hour."""
+    async def _known(self, events: list[Open]) -> dict[str, bytes]:
+        """Of these events' keys, those that the ledger has, with their fingerprints."""
         async with self._ledger.transaction(readonly=True) as connection:
             rows = await connection.fetch(
                 """SELECT idempotency_key, fingerprint FROM usage_events
                    WHERE tenant = $1 AND idempotency_key = ANY($2::text[])""",
                 *(self._tenant, [event.request.key for event in events]),
             )
-        known: dict[str, bytes] = {row["idempotency_key"]: row["fingerprint"] for row in rows}
+        return {row["idempotency_key"]: row["fingerprint"] for row in rows}
+
+    async def _check(self, events: list[Open], tally: Tally) -> None:
+        """Usage has no receipt: what the hot store has lost before the ledger read it is not acknowledged."""
+        recorded = [event for event in events if event.index in tally.recorded]
+        if recorded and len(await self._known(recorded)) < len({event.request.key for event in recorded}):
+            raise Unavailable("the hot store has lost events before the ledger had them; send the same events again")
+
+    async def without_known(self, events: list[Open], tally: Tally) -> list[Open]:
+        """The ledger remembers keys for ever, the hot store for an hour."""
+        known = await self._known(events)
         fresh = []
         for event in events:
             if event.request.key not in known:
@@ -158,6 +168,7 @@ class UsageRecorder:
         """Has the hot store record them; when it returns they are in the ledger. A backfill's may be ten years old."""
         await self._decide(events, tally, backfill=backfill)
         await self._settle(tally)
+        await self._check(events, tally)
 
     async def _decide(self, events: list[Open], tally: Tally, *, backfill: bool) -> None:
         limits = msgspec.structs.replace(self._limits, oldest_ms=BACKFILL_MS) if backfill else self._limits
