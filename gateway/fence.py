@@ -70,10 +70,16 @@ class Fence:
     async def cross(self, connection: Connection) -> Opening:
         """Returns when decisions may be taken over this connection. Raises Unavailable when they may not, yet."""
         opening = await self._vouched(connection)
+        await self.catch_up(connection, opening)
+        return opening
+
+    async def catch_up(self, connection: Connection, opening: Opening) -> None:
+        """Replays what the hot store may not know of under this opening. Decisions may be taken meanwhile; what another
+        hot store has lost comes before them all the same, or a balance would be spent twice. Raises Unavailable.
+        """
         owed = await self._receipts.begin(opening)
         if owed:
             await self._replay(connection, owed, opening)
-        return opening
 
     async def _vouched(self, connection: Connection) -> Opening:
         deadline = asyncio.get_running_loop().time() + VOUCHED_S

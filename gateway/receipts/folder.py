@@ -56,7 +56,8 @@ class Folder:
         self.path = path
         self._lock = lock
         self._spare: list[tuple[Path, int]] = []
-        self._next = 1 + max([segment.number for segment in self.segments()], default=0)
+        names = [found.name.partition(".")[0] for found in path.iterdir()]
+        self._next = 1 + max([int(name) for name in names if name.isdecimal()], default=0)
 
     @classmethod
     def claim(cls, base: Path, deployment: str) -> Folder:

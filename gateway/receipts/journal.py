@@ -6,7 +6,6 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -19,7 +18,7 @@ from entitlement.decision import Charge, Consume, Mode
 from entitlement.errors import EntitlementError, InvalidArgument, Unavailable
 from entitlement.opening import Opening
 from gateway.receipts.folder import Folder, Segment
-from gateway.receipts.writer import Group, Turn, Writer
+from gateway.receipts.writer import Group, Held, Turn, Writer
 
 MAX_REMEMBERED: Final = 50_000  # prices whose bytes are kept
 TEND_EVERY_S: Final = 0.5
@@ -28,7 +27,6 @@ SEAL_AFTER_S: Final = 2.0  # a segment that holds something is finished after th
 DEGRADED: Final = 0  # the opening of what was granted without a hot store
 NOTHING: Final = -1
 StreamId = tuple[int, int]
-Held = list[tuple[asyncio.Future[Any], object]]  # and what each is to be told
 
 _log = structlog.get_logger(__name__)
 
@@ -105,7 +103,7 @@ class Receipts:
     def keep(self, receipts: list[bytes], held: Held) -> None:
         """Makes receipts durable, then tells the futures; Unavailable if that fails. Returns at once."""
         assert self._writer is not None, "begun"
-        self._writer.put(Group(receipts, partial(self._kept, held)))
+        self._writer.put(Group(receipts, held))
 
     async def grant(self, request: Consume, charge: Charge) -> None:
         """Keeps what was granted while the hot store is away; durable when this returns. It goes into a segment of its
@@ -118,7 +116,7 @@ class Receipts:
             self._writer.put(Turn(DEGRADED, _unheard))
         done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         body = receipt.draft(request, self._price(charge), self._now_ms(), receipt.DEGRADED)
-        self._writer.put(Group([body], partial(self._kept, [(done, None)])))
+        self._writer.put(Group([body], [(done, None)]))
         await done
 
     @property
@@ -144,24 +142,25 @@ class Receipts:
         self._prices[id(charge)] = (charge, packed)
         return packed
 
-    def _kept(self, held: Held, error: str) -> None:
+    def _kept(self, groups: Sequence[Group], error: str) -> None:
         """In the writer's thread."""
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(self._tell, held, error)
+            self._loop.call_soon_threadsafe(self._tell, groups, error)
         except RuntimeError:  # The loop has ended, and with it everyone who waited.
             return
 
-    def _tell(self, held: Held, error: str) -> None:
+    def _tell(self, groups: Sequence[Group], error: str) -> None:
         if error:
             self._fail(error)
-        for future, answer in held:
-            if future.done():
-                continue
-            if error:
-                future.set_exception(Unavailable(f"receipts: {error}; the outcome is unknown"))
-            else:
-                future.set_result(answer)
+        for group in groups:
+            for future, answer in group.held:
+                if future.done():
+                    continue
+                if error:
+                    future.set_exception(Unavailable(f"receipts: {error}; the outcome is unknown"))
+                else:
+                    future.set_result(answer)
 
     def _fail(self, error: str) -> None:
         if not self._broken:
@@ -237,7 +236,7 @@ class Receipts:
         self._deployment = deployment
         folder.clear_spare()
         self._sealed = [_Sealed(segment, segment.opening) for segment in folder.segments()]
-        self._writer = Writer(folder)
+        self._writer = Writer(folder, self._kept)
         self._writer.start()
 
     async def _turn(self, opening: int) -> str:
@@ -270,6 +269,9 @@ class Receipts:
         has. Raises Unavailable when the hot store does.
         """
         if self._writer is None:
+            return
+        if not self._writer.alive:
+            self._judge()
             return
         # Not while others wait to be dropped: a small file takes as much of the disk as a full one.
         waited = not self._sealed and self._clock() - self._begun_s > SEAL_AFTER_S and self._writer.current_bytes > 0

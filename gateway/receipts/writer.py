@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from gateway.receipts.folder import SEGMENT_BYTES, Folder, Segment
 from gateway.receipts.frames import FRAME_BYTES, HEADER_BYTES, pack_frames
 
+Held = list[tuple[asyncio.Future[Any], object]]
 MAX_GROUPS: Final = 4_096  # taken into one write
 
 
 class Group(msgspec.Struct):
-    """Receipts that become durable together, and whom that is told. `error`: why they did not."""
+    """Receipts that become durable together, and who waits for that: futures, with what they are to be told."""
 
     bodies: Sequence[bytes]
-    kept: Callable[[str], None]
+    held: Held
 
 
 class Turn(msgspec.Struct):
@@ -31,10 +33,13 @@ class Turn(msgspec.Struct):
 
 
 class Writer:
-    """One thread over one folder. `put` from any thread; `kept` and `turned` are called in the writer's thread."""
+    """One thread over one folder. `put` from any thread. In the writer's thread `kept` is called once for each write,
+    with the groups in it and why they are not durable, if they are not; and `turned`.
+    """
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Folder, kept: Callable[[Sequence[Group], str], None]) -> None:
         self._folder = folder
+        self._kept = kept
         self._queue: SimpleQueue[Group | Turn | None] = SimpleQueue()
         self._segment: Segment | None = None
         self._opening = 0
@@ -104,8 +109,7 @@ class Writer:
             if self._segment is not None:
                 self._segment.failed = True
             self._seal()
-        for group in groups:
-            group.kept(error)
+        self._kept(groups, error)
 
     def _write(self, bodies: Sequence[bytes]) -> None:
         segment = self._segment

@@ -268,6 +268,7 @@ class RedisStore:
             finally:
                 if not self._up.is_set():
                     connection.close()
+                    await connection.lost
 
     def _down(self, why: str) -> None:
         if self._copies is not None:
@@ -284,13 +285,24 @@ class RedisStore:
     async def _until_over(self, connection: Connection) -> None:
         """Returns when the connection is lost, or the ledger has opened this hot store anew: it is not as it was."""
         watch = asyncio.create_task(self._watch(connection))
+        settling = asyncio.create_task(self._settle_what_is_owed(connection))
         doubted = asyncio.create_task(self._doubted.wait())
         try:
             await asyncio.wait((connection.lost, watch, doubted), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (watch, doubted):
+            for task in (watch, settling, doubted):
                 task.cancel()
-            await asyncio.gather(watch, doubted, return_exceptions=True)
+            await asyncio.gather(watch, settling, doubted, return_exceptions=True)
+
+    async def _settle_what_is_owed(self, connection: Connection) -> None:
+        """What was granted while this hot store was away, or could not be replayed before: beside the traffic."""
+        while self._fence is not None and self._receipts is not None and self._opening is not None:
+            if self._receipts.owes:
+                try:
+                    await self._fence.catch_up(connection, self._opening)
+                except (Unavailable, StoreError, CorruptRecord, OSError) as error:
+                    _log.warning("receipts wait to be replayed", error=str(error))
+            await asyncio.sleep(WATCH_S)
 
     async def _watch(self, connection: Connection) -> None:
         """Looks at the opening, and at the hot store's clock."""
@@ -304,8 +316,6 @@ class RedisStore:
                 await asyncio.sleep(WATCH_S)
                 continue
             number = Opening.parse(found).number if isinstance(found, bytes) else 0
-            if self._receipts.owes:
-                return  # What was granted while this was away is settled before anything else.
             if number != self._number:
                 _log.warning("the hot store is not as it was", opening=number, was=self._number)
                 return

@@ -506,9 +506,6 @@ class TestAccounts:
             f"k{number}" for number in range(5)
         ]
 
-    @pytest.mark.xfail(
-        strict=True, reason="each time that they are tried again all traffic waits for them, up to LOADED_S"
-    )
     async def test_and_the_others_do_not_wait_each_time_that_they_are_tried_again(
         self, gateway: Rig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -610,7 +607,6 @@ class TestInterrupted:
         assert sorted(charged(gateway)) == sorted(f"k{number}" for number in range(100))
         assert await settled(gateway) == 100
 
-    @pytest.mark.xfail(strict=True, reason="a connection that was just closed is tried before a new one is made")
     async def test_no_fence_is_crossed_on_a_connection_that_is_closed(
         self, gateway: Rig, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -336,7 +336,6 @@ class TestEmptied:
         spent = {names[at][1]: account.settled for at, account in enumerate(accounts) if account and account.settled}
         assert spent == {"c7": 3_000_000}
 
-    @pytest.mark.xfail(strict=True, reason="each partition's install takes a connection: more than the pool's 32")
     async def test_and_the_hot_store_is_not_asked_on_more_connections_than_there_are(
         self, shop: Rig, redis: Redis, monkeypatch: pytest.MonkeyPatch
     ) -> None:

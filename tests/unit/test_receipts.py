@@ -178,7 +178,6 @@ class TestFolders:
         for one in taken:
             one.release()
 
-    @pytest.mark.xfail(strict=True, reason="numbers begin anew when all segments are gone, whatever copies are kept")
     def test_a_copy_that_is_kept_for_people_is_never_written_over(self, tmp_path: Path) -> None:
         for _ in range(2):  # Each time all of it is settled, and the gateway starts again.
             taken = Folder.claim(tmp_path, DEPLOYMENT)
@@ -480,16 +479,7 @@ class TestBadDisk:
             assert len(files(tmp_path)) <= 2
 
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-    @pytest.mark.parametrize(
-        "before",
-        [
-            0,
-            pytest.param(
-                1,
-                marks=pytest.mark.xfail(strict=True, reason="tend waits for ever for a turn of the writer that ended"),
-            ),
-        ],
-    )
+    @pytest.mark.parametrize("before", [0, 1])
     async def test_a_writer_that_has_ended_is_noticed(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int
     ) -> None:
