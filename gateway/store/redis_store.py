@@ -189,10 +189,7 @@ class RedisStore:
     async def last_ids(self) -> dict[int, tuple[int, int]]:
         """The id that each partition's journal has given last."""
         commands = [pack("XINFO", "STREAM", keys.journal(partition)) for partition in range(self._partitions)]
-        # The last word is whose they were: a hot store that has been emptied meanwhile would seem to have settled all.
-        *replies, told = await (self._connection or self._away()).call_many([*commands, pack("GET", keys.OPEN)])
-        if (Opening.parse(told).number if isinstance(told, bytes) else 0) != self._number:
-            raise Unavailable("hot store: it is not as it was")
+        replies = await self._under_this_opening(commands)
         found = {}
         for partition, reply in enumerate(replies):
             if isinstance(reply, list):
@@ -203,10 +200,19 @@ class RedisStore:
 
     async def settled(self) -> dict[int, tuple[int, tuple[int, int]]]:
         """Under which opening the ledger has come how far in each partition's journal."""
-        reply = await self._command("HGETALL", keys.SETTLED)
+        (reply,) = await self._under_this_opening([pack("HGETALL", keys.SETTLED)])
         flat = [part for part in reply if isinstance(part, bytes)] if isinstance(reply, list) else []
         words = {int(partition): value.split(b" ") for partition, value in zip(flat[::2], flat[1::2], strict=True)}
         return {partition: (int(opening), _stream_id(at)) for partition, (opening, at) in words.items()}
+
+    async def _under_this_opening(self, commands: list[bytes]) -> list[Reply | StoreError]:
+        """Answers, if the hot store is still what it was after them: one that has been emptied would seem to have
+        settled all there was.
+        """
+        *replies, told = await (self._connection or self._away()).call_many([*commands, pack("GET", keys.OPEN)])
+        if (Opening.parse(told).number if isinstance(told, bytes) else 0) != self._number:
+            raise Unavailable("hot store: it is not as it was")
+        return replies
 
     def _call(self, command: bytes) -> asyncio.Future[Reply]:
         return (self._connection or self._away()).call(command)

@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 
 def rounds(small: int = 1, most: int = 100) -> int:
     """FAULTS_N of this case, `small` unless it is set."""
-    return min(most, int(os.environ.get("FAULTS_N", "0")) or small)
+    return min(most, int(os.environ.get("FAULTS_N") or 0) or small)
 
 
 def draw_seed() -> int:
