@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Final, Self
 
 import msgspec
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError, ResponseError
@@ -32,7 +32,7 @@ from ledger_sync.drift import Place
 CHUNK: Final = 500  # commands in one pipeline
 REQUESTS: Final = 1_000  # install requests taken from one list at once
 TIMEOUT_S: Final = 5.0
-CONNECTIONS: Final = 256  # as many as there may be partitions to look after at once, and callers
+CONNECTIONS: Final = 64  # beyond it calls wait for one
 _MARKS: Final = (MISSING.encode(), FROZEN.encode())  # of an account that is not there
 
 Value = str | bytes | int
@@ -56,16 +56,17 @@ class HotStore:
     @classmethod
     def connect(cls, url: str, partitions: int = keys.PARTITIONS) -> Self:
         """Connects when first used."""
-        client: Redis = Redis.from_url(
+        pool: BlockingConnectionPool = BlockingConnectionPool.from_url(
             url,
             # No socket_timeout: on Python 3.11 its asyncio.wait_for may swallow a cancellation (cpython gh-86296).
-            # Every call has a deadline of its own instead.
+            # Every call has a deadline of its own instead, which counts for the wait for a connection, too.
             socket_timeout=None,
             socket_connect_timeout=TIMEOUT_S,
             max_connections=CONNECTIONS,
+            timeout=TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),
         )
-        return cls(client, partitions)
+        return cls(Redis.from_pool(pool), partitions)
 
     async def close(self) -> None:
         await self._client.aclose()

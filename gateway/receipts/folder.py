@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import msgspec
 
@@ -68,16 +68,21 @@ class Folder:
             path = base / deployment / str(number)
             try:
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
-                lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                lock = _lock(path)
             except OSError as error:
                 raise InvalidArgument("receipts_dir", f"{base}: {error.strerror}") from None
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(lock)
-                continue
-            return cls(path, lock)
+            if lock is not None:
+                return cls(path, lock)
         raise InvalidArgument("receipts_dir", f"{base} is in use by {MAX_GATEWAYS} gateways, the most there may be")
+
+    @classmethod
+    def orphans(cls, base: Path, deployment: str) -> list[Self]:
+        """Folders of gateways that died and did not come back, with receipts in them: they are now the caller's."""
+        found = []
+        for path in sorted((base / deployment).iterdir()):
+            if any(path.glob(f"*{_SUFFIX}")) and (lock := _lock(path)) is not None:
+                found.append(cls(path, lock))
+        return found
 
     def release(self) -> None:
         """Lets another gateway have it. May be called twice."""
@@ -87,7 +92,8 @@ class Folder:
 
     def segments(self) -> list[Segment]:
         """What is on disk, oldest first. One whose header is damaged counts as decided under an unknown opening."""
-        return [_found(path) for path in sorted(self.path.glob(f"*{_SUFFIX}"))]
+        named = [path for path in self.path.glob(f"*{_SUFFIX}") if path.name.removesuffix(_SUFFIX).isdecimal()]
+        return [_found(path) for path in sorted(named)]
 
     def create(self, opening: int, size: int = SEGMENT_BYTES) -> Segment:
         """A new segment, ready for frames: its header and its name are durable when this returns."""
@@ -136,6 +142,17 @@ class Folder:
         """Removes what an earlier process kept for new segments."""
         for path in self.path.glob("*.spare"):
             path.unlink(missing_ok=True)
+
+
+def _lock(path: Path) -> int | None:
+    """Its descriptor; None: another gateway has it."""
+    lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
 
 
 def _found(path: Path) -> Segment:

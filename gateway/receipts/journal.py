@@ -64,6 +64,7 @@ class Receipts:
         self._prices: dict[int, tuple[Charge, bytes]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._folder: Folder | None = None
+        self._orphans: list[Folder] = []  # of gateways that did not come back
         self._writer: Writer | None = None
         self._sealed: list[_Sealed] = []
         self._begun_s = 0.0
@@ -225,17 +226,19 @@ class Receipts:
 
     def replayed_all(self, segments: Sequence[Segment], opening: Opening) -> None:
         """The hot store knows all that these segments hold, under this opening."""
-        numbers = {segment.number for segment in segments}
+        paths = {segment.path for segment in segments}
         for sealed in self._sealed:
-            if sealed.segment.number in numbers:
+            if sealed.segment.path in paths:
                 sealed.opening, sealed.marks = opening.number, None
 
     async def _claim(self, deployment: str) -> None:
         await self.stop()
         self._folder = folder = Folder.claim(self._base, deployment)
+        self._orphans = Folder.orphans(self._base, deployment)
         self._deployment = deployment
         folder.clear_spare()
-        self._sealed = [_Sealed(segment, segment.opening) for segment in folder.segments()]
+        folders = (folder, *self._orphans)
+        self._sealed = [_Sealed(segment, segment.opening) for each in folders for segment in each.segments()]
         self._writer = Writer(folder, self._kept)
         self._writer.start()
 
@@ -313,8 +316,9 @@ class Receipts:
         if writer is not None:
             await asyncio.to_thread(writer.stop)
         if self._folder is not None:
-            self._folder.release()
-            self._folder = None
+            for folder in (self._folder, *self._orphans):
+                folder.release()
+            self._folder, self._orphans = None, []
         self._deployment = ""
 
 

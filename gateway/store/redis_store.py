@@ -16,7 +16,7 @@ from entitlement import keys
 from entitlement.account import MISSING, Account
 from entitlement.catalog import Durability
 from entitlement.decision import Charge, Consume, Limits, Outcome, consume_arguments, consume_keys, parse_outcome
-from entitlement.errors import CorruptRecord, Unavailable
+from entitlement.errors import CorruptRecord, EntitlementError, Unavailable
 from entitlement.lua import script
 from entitlement.opening import Opening
 from entitlement.receipt import is_due
@@ -239,7 +239,10 @@ class RedisStore:
             self._why = "the fence is being crossed: ledger_sync opens the hot store, and receipts are replayed"
             try:
                 self._opening = await self._fence.cross(connection)
-            except (StoreError, CorruptRecord, TimeoutError, OSError) as error:
+            except (StoreError, EntitlementError, OSError, ValueError, LookupError, RuntimeError) as error:
+                if isinstance(error, Unavailable):
+                    raise
+                _log.error("the fence cannot be crossed", error=f"{type(error).__name__}: {error}")
                 raise Unavailable(f"hot store: {type(error).__name__}: {error}") from None
         if connection.lost.done():
             raise Unavailable("hot store: connection lost")
@@ -306,7 +309,7 @@ class RedisStore:
             if self._receipts.owes:
                 try:
                     await self._fence.catch_up(connection, self._opening)
-                except (Unavailable, StoreError, CorruptRecord, OSError) as error:
+                except (StoreError, EntitlementError, OSError, ValueError, LookupError, RuntimeError) as error:
                     _log.warning("receipts wait to be replayed", error=str(error))
             await asyncio.sleep(WATCH_S)
 

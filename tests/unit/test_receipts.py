@@ -127,7 +127,22 @@ class TestFolders:
             await one.kept(b"one")
             await two.kept(b"two")
             assert [Path(name).parent.name for name in files(tmp_path)] == ["0", "1"]
-        assert await left(tmp_path) == [b"one"]
+        assert await left(tmp_path) == [b"one", b"two"]
+
+    async def test_what_gateways_left_that_do_not_come_back_is_taken_over_and_dropped(self, tmp_path: Path) -> None:
+        async with desk(tmp_path) as one, desk(tmp_path) as two, desk(tmp_path) as three:
+            for number, made in enumerate((one, two, three)):
+                await made.kept(b"%d" % number)
+        async with desk(tmp_path, 2) as only:
+            owed = await only.receipts.begin(opening(3))
+            assert held(owed) == [b"0", b"1", b"2"]
+            async with desk(tmp_path, 2) as beside:
+                assert await beside.receipts.begin(opening(3)) == []  # They are the first one's now.
+            only.receipts.replayed_all(owed, opening(3))
+            only.streams.ids, only.streams.reached = {1: (5, 0)}, {1: (3, (5, 0))}
+            await only.tend()
+            assert held(await only.receipts.begin(opening(4))) == []
+        assert await left(tmp_path) == []
 
     async def test_what_a_gateway_left_is_taken_over_with_its_folder(self, tmp_path: Path) -> None:
         async with desk(tmp_path, 1) as first:
