@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import count
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 
 from entitlement.account import Account
 from entitlement.decision import Charge, Consume, Decision, Limits, Mode, Outcome, Stale, parse_outcome
+from entitlement.errors import Unavailable
 from entitlement.keys import PARTITIONS
 from entitlement.request import parse_consume
 from entitlement.v1 import gateway_pb2, ledger_pb2
@@ -50,7 +51,15 @@ class Rig:
         self._keys = count(1)
 
     def start_drain(self) -> None:
-        self._draining = asyncio.create_task(self.drain.run())
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        """As a worker does: a drain that finds another hot store than it was told of begins anew."""
+        while True:
+            with suppress(Unavailable, ExceptionGroup):
+                # In a task of its own: a TaskGroup that failed leaves its task marked as cancelled on Python 3.11.
+                await asyncio.create_task(self.drain.run())
+            await asyncio.sleep(0.05)
 
     async def stop_drain(self) -> None:
         """Records stay in the journal until it starts again."""
