@@ -43,6 +43,13 @@ class Opening(msgspec.Struct, frozen=True):
     identity: Identity
     deployment: str
 
+    def is_of(self, server: Server) -> bool:
+        """Whether this vouches for that server. One that has never been a replica may have got another replid: when its
+        first replica came, or after a while without one.
+        """
+        same = self.identity.run_id == server.identity.run_id and not server.promoted
+        return server.primary and (same or self.identity == server.identity)
+
     def encode(self) -> str:
         return f"{self.number} {self.identity} {self.deployment}"
 

@@ -5,6 +5,7 @@ is back.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -24,6 +25,7 @@ MAX_KEYS: Final = 100_000  # granted in one absence; the contracts' allowances e
 class _Known(msgspec.Struct, frozen=True):
     mark: bytes
     decision: Decision
+    kept: asyncio.Task[None]  # its receipt
 
 
 class Degraded:
@@ -60,6 +62,7 @@ class Degraded:
         if known := self._known.get(identity):
             if known.mark != mark:
                 raise IdempotencyMismatch(request.key)
+            await asyncio.shield(known.kept)
             return msgspec.structs.replace(known.decision, replayed=True)
         charge = self._catalog.price(request, policy.plan)
         charged = _charged(request, charge, policy)
@@ -71,17 +74,23 @@ class Degraded:
         decision = _decision(Verdict.ALLOW, Reason.NONE, charge, charged)
         if (charge.mode or request.mode) is Mode.CHECK_ONLY:
             return decision
-        # Counted before it is durable, so that calls at the same time do not share one allowance.
+        # Counted before it is durable, so that calls at the same time do not share one allowance; and made durable in a
+        # task of its own, so that a caller who leaves takes nothing back.
         self._used[who] = used + total
-        self._known[identity] = _Known(mark, decision)
-        try:
-            await self._receipts.grant(request, charge)
-        except Unavailable:
-            self._used[who] = self._used.get(who, total) - total
-            self._known.pop(identity, None)
-            raise
+        kept = asyncio.create_task(self._keep(request, charge, total))
+        self._known[identity] = _Known(mark, decision, kept)
+        await asyncio.shield(kept)
         self.granted += 1
         return decision
+
+    async def _keep(self, request: Consume, charge: Charge, total: int) -> None:
+        who = (request.tenant, request.customer)
+        try:
+            await self._receipts.grant(request, charge)
+        except BaseException:
+            self._used[who] = max(0, self._used.get(who, 0) - total)
+            self._known.pop((*who, request.key), None)
+            raise
 
 
 def _charged(request: Consume, charge: Charge, policy: Policy) -> tuple[Charged, ...] | None:

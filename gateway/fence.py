@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Sequence
-from itertools import islice
 from typing import Final, Protocol
 
 import msgspec
@@ -36,9 +35,11 @@ from gateway.store.connection import Connection, Reply, StoreError, pack
 
 LOOK_S: Final = 0.02  # between two looks at what is waited for
 VOUCHED_S: Final = 2.0  # how long one connection waits for the ledger's word
-LOADED_S: Final = 30.0  # how long receipts wait for their accounts
+LOADED_S: Final = 10.0  # how long receipts wait for their accounts, all together
+ASK_S: Final = 0.25
 CHUNK: Final = 256  # receipts replayed in one exchange
 
+_PASSING: Final = frozenset(("LOADING", "OOM", "READONLY", "MISCONF", "NOSCRIPT", "BUSY", "CLUSTERDOWN", "NOREPLICAS"))
 _log = structlog.get_logger(__name__)
 
 
@@ -50,8 +51,20 @@ class _Call(msgspec.Struct):
     granted: Granted | None = None
 
 
+class _Pass(msgspec.Struct):
+    """What came of a segment so far: calls to repeat once their accounts are there, whether something in it will be
+    tried again later, and whether something in it is for people to look at.
+    """
+
+    again: list[_Call] = []
+    stuck: bool = False
+    refused: bool = False
+
+
 class Pricing(Protocol):
-    """What things cost."""
+    """What things cost. `generation` is below zero until the catalogue has been read."""
+
+    generation: int
 
     def price(self, request: Consume, plan: str = "") -> Charge: ...
 
@@ -88,7 +101,7 @@ class Fence:
             if not server.primary:
                 raise Unavailable("hot store: it is a replica")
             opening = await current(connection)
-            if opening is not None and opening.identity == server.identity:
+            if opening is not None and opening.is_of(server):
                 return opening
             if asyncio.get_running_loop().time() > deadline:
                 raise Unavailable("hot store: ledger_sync has not opened it; nothing is decided on it until then")
@@ -99,8 +112,9 @@ class Fence:
             await connection.call(pack("SCRIPT", "LOAD", script(name)))
         before = self._receipts.replayed
         whole = []
+        deadline = asyncio.get_running_loop().time() + LOADED_S
         for segment in owed:
-            if await self._replay_segment(connection, segment):
+            if await self._replay_segment(connection, segment, deadline):
                 whole.append(segment)
             else:
                 self._receipts.put_off(segment)
@@ -113,64 +127,73 @@ class Fence:
             put_off=len(owed) - len(whole),
         )
 
-    async def _replay_segment(self, connection: Connection, segment: Segment) -> bool:
-        """Whether the hot store knows all of it now. What belongs to accounts that do not come in time is left for
-        later: it does not hold up all others.
+    async def _replay_segment(self, connection: Connection, segment: Segment, deadline: float) -> bool:
+        """Whether it is not needed any more: the hot store knows all of it, or people have a copy of what cannot be
+        replayed. What belongs to accounts that do not come in time is left for later: it does not hold up all others.
         """
-        scan = segment.read()
-        refused = self._receipts.refused
+        scan = await asyncio.to_thread(segment.read)
         if scan.damaged:
             self._receipts.damaged += scan.damaged
             _log.error("receipts are damaged", segment=segment.path.name, places=scan.damaged, whole=len(scan.bodies))
-        calls = [call for body in scan.bodies if (call := self._call(body, segment)) is not None]
-        deadline = asyncio.get_running_loop().time() + LOADED_S
-        while calls and asyncio.get_running_loop().time() < deadline:
-            again: list[_Call] = []
-            rest = iter(calls)
-            while chunk := list(islice(rest, CHUNK)):
-                replies = await connection.call_many([call.command for call in chunk])
-                for call, reply in zip(chunk, replies, strict=True):
-                    self._done(call, reply, again)
-            calls = again
-            if calls:
-                await self._ask(connection, {call.name for call in calls})
-                await asyncio.sleep(LOOK_S)
-        if scan.damaged or self._receipts.refused > refused:
-            self._receipts.keep_copy(segment)
-        return not calls
+        state = _Pass(refused=scan.damaged > 0)
+        for first in range(0, len(scan.bodies), CHUNK):
+            bodies = scan.bodies[first : first + CHUNK]
+            await self._send(connection, [call for body in bodies if (call := self._call(body, segment, state))], state)
+        asked_s = 0.0
+        while state.again and (now := asyncio.get_running_loop().time()) < deadline:
+            if now - asked_s >= ASK_S:
+                await self._ask(connection, {call.name for call in state.again})
+                asked_s = now
+            await asyncio.sleep(LOOK_S)
+            calls, state.again = state.again, []
+            for first in range(0, len(calls), CHUNK):
+                await self._send(connection, calls[first : first + CHUNK], state)
+        kept = not state.refused or self._receipts.keep_copy(segment)
+        return kept and not state.again and not state.stuck
 
-    def _done(self, call: _Call, reply: Reply | StoreError, again: list[_Call]) -> None:
+    async def _send(self, connection: Connection, calls: Sequence[_Call], state: _Pass) -> None:
+        replies = await connection.call_many([call.command for call in calls]) if calls else []
+        for call, reply in zip(calls, replies, strict=True):
+            self._done(call, reply, state)
+
+    def _done(self, call: _Call, reply: Reply | StoreError, state: _Pass) -> None:
         if reply == 1:
             self._receipts.replayed += 1
         elif reply == b"!NOT_LOADED":
-            again.append(call)
+            state.again.append(call)
         elif isinstance(reply, StoreError):
-            raise Unavailable(f"hot store: {reply}")
+            if str(reply).split(" ", 1)[0] in _PASSING:
+                raise Unavailable(f"hot store: {reply}")
+            state.stuck = True  # Something is wrong with this account, and the others do not wait for it.
+            self._refuse(call.name[1], str(reply))
         elif call.granted is not None and isinstance(reply, bytes):
-            self._settled(call, call.granted, reply, again)
+            self._settled(call, call.granted, reply, state)
         elif reply != 0:  # 0: it knew of it.
+            state.refused = True
             self._refuse(call.name[1], str(reply))
 
-    def _settled(self, call: _Call, granted: Granted, reply: bytes, again: list[_Call]) -> None:
+    def _settled(self, call: _Call, granted: Granted, reply: bytes, state: _Pass) -> None:
         outcome = parse_outcome(reply, granted.request)
         match outcome:
-            case Decision(verdict=Verdict.ALLOW, replayed=known):
+            case Decision(verdict=Verdict.ALLOW | Verdict.ALLOW_WITH_CAPS, replayed=known):
                 self._receipts.replayed += not known
             case Decision(reason=Reason.ACCOUNT_FROZEN):
-                again.append(call)
+                state.again.append(call)
             case Stale(plan):
-                again.append(self._settling(Granted(plan, granted.request)))
-            case _:
+                state.again.append(self._settling(Granted(plan, granted.request)))
+            case _:  # No price, say: it may have one again.
+                state.stuck = True
                 self._refuse(call.name[1], str(outcome))
 
     def _refuse(self, customer: str, why: str) -> None:
         self._receipts.refused += 1
         _log.error("a receipt cannot be replayed", customer=customer, why=why)
 
-    def _call(self, body: bytes, segment: Segment) -> _Call | None:
+    def _call(self, body: bytes, segment: Segment, state: _Pass) -> _Call | None:
         try:
             receipt = parse(body, self._tenant)
         except CorruptRecord as error:
+            state.refused = True
             self._refuse("?", f"{segment.path.name}: {error}")
             return None
         if isinstance(receipt, Granted):
@@ -181,6 +204,10 @@ class Fence:
         return _Call(name, pack("EVALSHA", self._replay_sha, 3, *replay_keys(receipt, partition), *arguments))
 
     def _settling(self, granted: Granted) -> _Call:
+        if self._pricing.generation < 0:
+            raise Unavailable(
+                "catalogue: it has not been read yet, and what was granted without the hot store has no price"
+            )
         request = granted.request
         name = (request.tenant, request.customer)
         charge = msgspec.structs.replace(self._pricing.price(request, granted.plan), mode=None)

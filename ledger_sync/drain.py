@@ -108,7 +108,7 @@ class Lane:
 
     async def _turn(self, lease: Lease) -> None:
         if (batch := await self._collect(lease)).size:
-            await self._settle(batch)
+            await self._settle(batch, all_read=True)
         self._in_hand = False
         self._done.set()
 
@@ -131,7 +131,7 @@ class Lane:
             batch.add(entries)
         return batch
 
-    async def _settle(self, batch: Batch) -> None:
+    async def _settle(self, batch: Batch, *, all_read: bool = False) -> None:
         started = monotonic()
         if batch.rejected:
             self._rejected(await self._ledger.quarantine(batch.rejected))
@@ -140,7 +140,7 @@ class Lane:
             oldest_ms = min([posted.record.recorded_ms for posted in batch.posted])
             self._figures.age.observe(max(0.0, time() - oldest_ms / 1000))
         self._figures.batch.observe(monotonic() - started)
-        await self.reader.acknowledge(batch.ids, self.opening or 0)
+        await self.reader.acknowledge(batch.ids, self.opening or 0, all_read=all_read)
 
     async def _book(self, records: Sequence[Posted]) -> None:
         """Books what the database takes, by halves if need be; what it refuses is passed over, with its reason."""

@@ -30,6 +30,7 @@ from ledger_sync import lua as own
 from ledger_sync.drift import Place
 
 CHUNK: Final = 500  # commands in one pipeline
+OPEN_MS: Final = 2_000  # how long an opening may be under way
 REQUESTS: Final = 1_000  # install requests taken from one list at once
 TIMEOUT_S: Final = 5.0
 CONNECTIONS: Final = 64  # beyond it calls wait for one
@@ -94,10 +95,14 @@ class HotStore:
             found = await self._client.get(keys.OPEN)
         return Opening.parse(_bytes(found)) if found is not None else None
 
-    async def open(self, opening: Opening) -> None:
-        """Lets gateways decide on this hot store, if it is the one that is named."""
-        async with _translated():
-            await self._client.set(keys.OPEN, opening.encode())
+    async def open(self, opening: Opening) -> bool:
+        """Lets gateways decide on this hot store, if it is the one that is named. False: it was opened under a later
+        number, or this came too late.
+        """
+        until_ms = await self.now_ms() + OPEN_MS
+        call = Call((keys.OPEN,), (opening.encode(), opening.number, until_ms))
+        (reply,) = await self._run(own.until("open"), [call])
+        return reply == 1
 
     async def places(self, names: Sequence[Name]) -> list[Place | None]:
         """Where each account stands; None: not loaded."""

@@ -148,14 +148,21 @@ class JournalReader:
         """The answer is not looked at by the client library: this is the hot path."""
         return await self._client.execute_command(*words)  # type: ignore[no-untyped-call]
 
-    async def acknowledge(self, settled: Mapping[str, Sequence[bytes]], opening: int = 0) -> None:
+    async def acknowledge(
+        self, settled: Mapping[str, Sequence[bytes]], opening: int = 0, *, all_read: bool = False
+    ) -> None:
         """Everything up to these entries is committed: acknowledges them, says so to the gateways, which drop their
-        receipts then, and trims the streams.
+        receipts then, and trims the streams. A trim goes by whole blocks and leaves the last entry.
 
-        A trim goes by whole blocks of the stream and leaves the last entry, so it is bounded by what was acknowledged.
+        What the group has pending before them is neither told nor trimmed. `all_read`: nothing else may be pending; if
+        something is, a read that was given up has run late, and Unavailable says that it has to be read anew.
         """
         async with _translated():
-            await self._acknowledge(settled, opening)
+            pending = await self._acknowledge(settled)
+            held = {stream: first for stream, first in pending.items() if first is not None}
+            await self._tell(settled, held, opening)
+        if held and all_read:
+            raise Unavailable(f"hot store: {', '.join(sorted(held))} has entries that were delivered to nobody")
 
     async def tell_settled(self, opening: int) -> None:
         """Says to the gateways how far each stream is settled. Nothing that was read may be unsettled."""
@@ -169,16 +176,31 @@ class JournalReader:
             async with _translated():
                 await self._client.hset(keys.SETTLED, mapping=reached)
 
-    async def _acknowledge(self, settled: Mapping[str, Sequence[bytes]], opening: int) -> None:
-        reached: dict[Value, Value] = {
-            self._partition_of[stream]: b"%d %b" % (opening, ids[-1]) for stream, ids in settled.items()
-        }
+    async def _acknowledge(self, settled: Mapping[str, Sequence[bytes]]) -> dict[str, StreamId | None]:
+        """What is pending in each stream then: its first id."""
         async with self._client.pipeline(transaction=False) as pipeline:
-            pipeline.hset(keys.SETTLED, mapping=reached)
             for stream, ids in settled.items():
                 for first in range(0, len(ids), ACKNOWLEDGE):
                     pipeline.xack(stream, keys.GROUP, *ids[first : first + ACKNOWLEDGE])
-                pipeline.xtrim(stream, minid=ids[-1], approximate=True)
+            for stream in settled:
+                pipeline.xpending(stream, keys.GROUP)
+            replies = (await pipeline.execute())[-len(settled) :] if settled else []
+        firsts = [reply["min"] for reply in replies]
+        return {stream: parse_id(first) if first else None for stream, first in zip(settled, firsts, strict=True)}
+
+    async def _tell(self, settled: Mapping[str, Sequence[bytes]], held: Mapping[str, StreamId], opening: int) -> None:
+        reached: dict[Value, Value] = {}
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for stream, ids in settled.items():
+                last, first = parse_id(ids[-1]), held.get(stream)
+                if first is not None and first <= last:
+                    reached[self._partition_of[stream]] = f"{opening} {_text(_before(first))}"
+                    pipeline.xtrim(stream, minid=_text(first), approximate=True)
+                else:
+                    reached[self._partition_of[stream]] = f"{opening} {_text(last)}"
+                    pipeline.xtrim(stream, minid=ids[-1], approximate=True)
+            if reached:
+                pipeline.hset(keys.SETTLED, mapping=reached)
             await pipeline.execute()
 
     async def is_settled(self, stream: str, stream_id: StreamId) -> bool:
@@ -264,6 +286,16 @@ def parse_id(text: str | bytes) -> StreamId:
         text = text.decode("ascii")
     ms, _, number = text.partition("-")
     return int(ms), int(number or 0)
+
+
+def _text(stream_id: StreamId) -> str:
+    return f"{stream_id[0]}-{stream_id[1]}"
+
+
+def _before(stream_id: StreamId) -> StreamId:
+    """The id right before another one."""
+    ms, number = stream_id
+    return (ms, number - 1) if number else (ms - 1, 2**63 - 1)
 
 
 def _record(fields: Sequence[bytes] | None) -> bytes | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -30,6 +31,7 @@ Name = tuple[str, str]  # tenant, customer
 LOOK_S: Final = 0.1  # between two looks at the hot store
 SETTLED_S: Final = 60.0  # for what the journal holds to be settled
 ACCOUNTS: Final = 5_000  # compared together
+REFILL_S: Final = 30.0  # they are waited for
 REFILL: Final = 1_000  # accounts asked for together, in the background
 
 _PLACES: Final = """
@@ -55,10 +57,13 @@ class Opener:
         """Until it is cancelled. Raises when the ledger is away."""
         with self.beat:
             async with asyncio.TaskGroup() as group:
+                refill: asyncio.Task[None] | None = None
                 while True:
                     self.beat()
                     if await self._looked():
-                        group.create_task(self._refill())
+                        if refill is not None:
+                            refill.cancel()
+                        refill = group.create_task(self._refill())
                     await asyncio.sleep(LOOK_S)
 
     async def _looked(self) -> bool:
@@ -82,11 +87,11 @@ class Opener:
             raise Unavailable("hot store: it is a replica")
         async with self._ledger.transaction(readonly=True) as connection:
             known = await fence.read(connection)
-        if known.open and told is not None and told.number == known.opening.number:
+        if known.open and told is not None and told.number == known.opening.number and told.is_of(server):
             if told.identity == server.identity == known.opening.identity:
                 self._current = told
                 return False
-            if _renamed(known.opening, server):
+            if known.opening.is_of(server):
                 await self._rename(known.opening, server)
                 return False
         await self._open(server)
@@ -108,7 +113,8 @@ class Opener:
         behind = await self._behind()
         await self._hot.freeze(behind, FROZEN_MS)
         await self._is_still(server)
-        await self._hot.open(opening)
+        if not await self._hot.open(opening):
+            raise Unavailable("hot store: it has been opened under a later number")
         async with self._ledger.transaction() as connection:
             await fence.opened(connection, opening)
         self._current = opening
@@ -176,9 +182,11 @@ class Opener:
             log.warning("accounts are loaded when calls need them", error=str(error))
 
     async def _ask(self, names: Sequence[Name]) -> None:
+        """And waits for them, but not for ever for one that does not come."""
         absent = await self._hot.absent(names)
         self._installer.request(absent)
-        while absent:
+        deadline = monotonic() + REFILL_S
+        while absent and monotonic() < deadline:
             await asyncio.sleep(LOOK_S)
             absent = await self._hot.absent(absent)
 
@@ -186,10 +194,6 @@ class Opener:
 def is_behind(live: Place, ledger: Place) -> bool:
     """Whether a hot account lacks what the ledger has: records that are settled, or changes that were confirmed."""
     return (live.epoch, live.sequence) < (ledger.epoch, ledger.sequence) or live.version < ledger.version
-
-
-def _renamed(opening: Opening, server: Server) -> bool:
-    return opening.identity.run_id == server.identity.run_id and not server.promoted
 
 
 def _chunks(names: Sequence[Name], size: int) -> Iterable[Sequence[Name]]:

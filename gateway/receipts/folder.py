@@ -16,7 +16,6 @@ from gateway.receipts.frames import HEADER_BYTES, Header, Scan, pack_header, rea
 SEGMENT_BYTES: Final = 8 << 20
 MAX_GATEWAYS: Final = 256  # with receipts in the same place
 MAX_SPARE: Final = 2  # files kept for new segments: to write over is cheaper than to allocate
-MAX_KEPT: Final = 16
 _SUFFIX: Final = ".receipts"
 
 
@@ -132,10 +131,7 @@ class Folder:
             os.close(fd)
 
     def keep(self, segment: Segment) -> None:
-        """A copy for people, of what is damaged or could not be replayed; the newest that there is room for."""
-        kept = sorted(self.path.glob("*.kept"))
-        for path in kept[: max(0, len(kept) - MAX_KEPT + 1)]:
-            path.unlink(missing_ok=True)
+        """A copy for people, of what is damaged or could not be replayed. They remove it."""
         shutil.copyfile(segment.path, segment.path.with_suffix(".kept"))
 
     def clear_spare(self) -> None:

@@ -23,6 +23,7 @@ from gateway.receipts.writer import Group, Held, Turn, Writer
 MAX_REMEMBERED: Final = 50_000  # prices whose bytes are kept
 TEND_EVERY_S: Final = 0.5
 AGAIN_S: Final = 30.0
+KEPT_S: Final = 5.0  # for a disk to take a receipt
 SEAL_AFTER_S: Final = 2.0  # a segment that holds something is finished after this, so that it can be dropped
 DEGRADED: Final = 0  # the opening of what was granted without a hot store
 NOTHING: Final = -1
@@ -118,7 +119,7 @@ class Receipts:
         done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         body = receipt.draft(request, self._price(charge), self._now_ms(), receipt.DEGRADED)
         self._writer.put(Group([body], [(done, None)]))
-        await done
+        await _in_time(done)
 
     @property
     def owes(self) -> bool:
@@ -134,7 +135,7 @@ class Receipts:
         """Makes one receipt durable before it returns. Raises Unavailable."""
         done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.keep([body], [(done, None)])
-        await done
+        await _in_time(done)
 
     def _price(self, charge: Charge) -> bytes:
         if len(self._prices) >= MAX_REMEMBERED:
@@ -216,13 +217,15 @@ class Receipts:
         self._again_s = self._clock() + AGAIN_S
         _log.error("receipts wait for their accounts", segment=segment.path.name, again_s=AGAIN_S)
 
-    def keep_copy(self, segment: Segment) -> None:
-        """For people to look at: something in it is damaged or cannot be replayed."""
+    def keep_copy(self, segment: Segment) -> bool:
+        """For people to look at: something in it is damaged or cannot be replayed. Whether it could be made."""
         assert self._folder is not None, "begun"
         try:
             self._folder.keep(segment)
         except OSError as error:
-            _log.error("receipts that cannot be replayed are not kept", segment=segment.path.name, error=str(error))
+            _log.error("receipts that cannot be replayed are not copied", segment=segment.path.name, error=str(error))
+            return False
+        return True
 
     def replayed_all(self, segments: Sequence[Segment], opening: Opening) -> None:
         """The hot store knows all that these segments hold, under this opening."""
@@ -233,12 +236,18 @@ class Receipts:
 
     async def _claim(self, deployment: str) -> None:
         await self.stop()
-        self._folder = folder = Folder.claim(self._base, deployment)
-        self._orphans = Folder.orphans(self._base, deployment)
+        folder = Folder.claim(self._base, deployment)
+        orphans: list[Folder] = []
+        try:
+            orphans += Folder.orphans(self._base, deployment)
+            folder.clear_spare()
+            sealed = [_Sealed(segment, segment.opening) for each in (folder, *orphans) for segment in each.segments()]
+        except BaseException:
+            for each in (folder, *orphans):
+                each.release()
+            raise
+        self._folder, self._orphans, self._sealed = folder, orphans, sealed
         self._deployment = deployment
-        folder.clear_spare()
-        folders = (folder, *self._orphans)
-        self._sealed = [_Sealed(segment, segment.opening) for each in folders for segment in each.segments()]
         self._writer = Writer(folder, self._kept)
         self._writer.start()
 
@@ -261,7 +270,7 @@ class Receipts:
         assert self._writer is not None and self._folder is not None
         for segment in self._writer.take_sealed():
             if segment.is_empty:
-                self._folder.discard(segment)
+                self._discard(segment)
             else:
                 self._sealed.append(_Sealed(segment, segment.opening))
 
@@ -331,6 +340,14 @@ def _is_settled(sealed: _Sealed, settled: Mapping[int, tuple[int, StreamId]]) ->
     return True
 
 
+async def _in_time(done: asyncio.Future[Any]) -> None:
+    try:
+        async with asyncio.timeout(KEPT_S):
+            await done
+    except TimeoutError:
+        raise Unavailable("receipts: the disk does not answer; the outcome is unknown") from None
+
+
 def _unheard(error: str) -> None:
     """A turn that fails is seen by the receipts that come after it."""
 
@@ -341,5 +358,5 @@ async def tend(receipts: Receipts, journals: Journals) -> None:
         await asyncio.sleep(TEND_EVERY_S)
         try:
             await receipts.tend(journals)
-        except EntitlementError as error:
+        except (EntitlementError, OSError) as error:
             _log.warning("receipts are kept until the hot store says what is settled", error=str(error))

@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
@@ -141,9 +142,10 @@ class Writer:
         segment, self._segment = self._segment, None
         if segment is None:
             return
-        segment.close()
         with self._lock:
             self._sealed.append(segment)
+        with suppress(OSError):  # All that was acknowledged has been synced.
+            segment.close()
 
 
 def sync(fd: int) -> None:

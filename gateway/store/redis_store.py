@@ -18,7 +18,7 @@ from entitlement.catalog import Durability
 from entitlement.decision import Charge, Consume, Limits, Outcome, consume_arguments, consume_keys, parse_outcome
 from entitlement.errors import CorruptRecord, EntitlementError, Unavailable
 from entitlement.lua import script
-from entitlement.opening import Opening
+from entitlement.opening import Opening, read_info
 from entitlement.receipt import is_due
 from gateway.fence import Fence, identify
 from gateway.receipts import Receipts
@@ -141,9 +141,12 @@ class RedisStore:
             if self._copies is None or self._copies.lost:
                 main = self._connection or self._away()
                 connection = await connect(self._endpoint, self._timeout_ms)
-                if await identify(connection) != await identify(main):
+                try:
+                    if await identify(connection) != await identify(main):
+                        raise Unavailable("hot store: it is becoming another one")
+                except BaseException:
                     connection.close()
-                    raise Unavailable("hot store: it is becoming another one")
+                    raise
                 self._copies = Replicated(connection, self._timeout_ms)
             return self._copies
 
@@ -209,10 +212,19 @@ class RedisStore:
         """Answers, if the hot store is still what it was after them: one that has been emptied would seem to have
         settled all there was.
         """
-        *replies, told = await (self._connection or self._away()).call_many([*commands, pack("GET", keys.OPEN)])
-        if (Opening.parse(told).number if isinstance(told, bytes) else 0) != self._number:
+        connection = self._connection or self._away()
+        *replies, told, server, replication = await connection.call_many([*commands, *_WHOSE])
+        if not self._is_as_it_was(told, server, replication):
             raise Unavailable("hot store: it is not as it was")
         return replies
+
+    def _is_as_it_was(self, told: object, *info: object) -> bool:
+        """Whether it is the one that was opened, under the same number: no copy of it, and not one emptied since."""
+        if not isinstance(told, bytes) or not all(isinstance(part, bytes) for part in info):
+            return False
+        opening = Opening.parse(told)
+        server = read_info("\n".join(part.decode() for part in info if isinstance(part, bytes)))
+        return opening.number == self._number and opening.is_of(server)
 
     def _call(self, command: bytes) -> asyncio.Future[Reply]:
         return (self._connection or self._away()).call(command)
@@ -320,18 +332,20 @@ class RedisStore:
             return
         while True:
             try:
-                found, clock = await connection.call_many([pack("GET", keys.OPEN), pack("TIME")])
+                told, server, replication, clock = await connection.call_many([*_WHOSE, pack("TIME")])
             except Unavailable:  # Busy, or lost: the connection itself says which.
                 await asyncio.sleep(WATCH_S)
                 continue
-            number = Opening.parse(found).number if isinstance(found, bytes) else 0
-            if number != self._number:
-                _log.warning("the hot store is not as it was", opening=number, was=self._number)
+            if not self._is_as_it_was(told, server, replication):
+                _log.warning("the hot store is not as it was", opening=self._number)
                 return
             if isinstance(clock, list):
                 seconds, micros = (int(part) for part in clock if isinstance(part, bytes))
                 self._receipts.tell_time(seconds * 1000 + micros // 1000)
             await asyncio.sleep(WATCH_S)
+
+
+_WHOSE = (pack("GET", keys.OPEN), pack("INFO", "server"), pack("INFO", "replication"))
 
 
 def _no_receipt(request: Consume, charge: Charge) -> bytes:

@@ -13,6 +13,9 @@ from gateway.store.connection import Connection, Reply, StoreError, pack
 WAIT_SHARE = 0.8  # of the connection's deadline, so that the answer to WAIT still comes in time
 
 
+_WRITE = pack("SET", "ent:copied", 1)
+
+
 class Replicated:
     """Owns the connection. `decide` from any task; `close` may be called twice."""
 
@@ -50,7 +53,9 @@ class Replicated:
 
     async def _go(self, group: list[tuple[bytes, asyncio.Future[Reply]]]) -> None:
         try:
-            *replies, copies = await self._connection.call_many([*[command for command, _ in group], self._wait])
+            # WAIT is for what this connection has written, and a key that is known already writes nothing.
+            commands = [*[command for command, _ in group], _WRITE, self._wait]
+            *replies, _, copies = await self._connection.call_many(commands)
         except Unavailable as error:
             replies, copies = [error] * len(group), 0  # type: ignore[list-item]
         for (_, answer), reply in zip(group, replies, strict=True):

@@ -15,6 +15,12 @@ def script(name: str) -> str:
 
 
 @cache
+def until(name: str) -> str:
+    """A script of ours, with the time after which it does nothing as its last argument."""
+    return script("until") + script(name)
+
+
+@cache
 def install() -> str:
     """install.lua, with the time after which it does nothing as its last argument."""
     return script("until") + lua.script("install")

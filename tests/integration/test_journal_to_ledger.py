@@ -239,11 +239,11 @@ class Forgetful(JournalReader):
 
     died = False
 
-    async def acknowledge(self, settled: object, opening: int = 0) -> None:
+    async def acknowledge(self, settled: object, opening: int = 0, *, all_read: bool = False) -> None:
         if not self.died:
             self.died = True
             raise ConnectionError("killed after the commit")
-        await super().acknowledge(settled, opening)  # type: ignore[arg-type]
+        await super().acknowledge(settled, opening, all_read=all_read)  # type: ignore[arg-type]
 
 
 async def test_what_was_committed_and_not_acknowledged_is_recognised(pipe: Pipe, seed: int) -> None:

@@ -139,9 +139,9 @@ def at_opening(made: Rig, monkeypatch: pytest.MonkeyPatch, look: Callable[[], ob
     found: list[object] = []
     real = made.hot.open
 
-    async def open_(opening: Opening) -> None:
+    async def open_(opening: Opening) -> bool:
         found.append(await look())  # type: ignore[misc]
-        await real(opening)
+        return await real(opening)
 
     monkeypatch.setattr(made.hot, "open", open_)
     return found
@@ -221,12 +221,12 @@ class TestOpened:
     ) -> None:
         real, failed = shop.hot.open, False
 
-        async def open_(opening: Opening) -> None:
+        async def open_(opening: Opening) -> bool:
             nonlocal failed
             if not failed:
                 failed = True
                 raise Unavailable("hot store: it has gone")
-            await real(opening)
+            return await real(opening)
 
         monkeypatch.setattr(shop.hot, "open", open_)
         await redis.delete(keys.OPEN)
