@@ -502,6 +502,34 @@ async def test_a_process_that_is_killed_again_and_again_settles_everything_once(
     await pipe.agree()
 
 
+async def test_what_was_delivered_to_a_read_that_was_given_up_is_found_and_settled(pipe: Pipe) -> None:
+    """A connection that stalls: its read arrives late, and its entries are delivered to nobody."""
+    partition = pipe.hot.partition((TENANT, "ada"))
+    stream, drain = keys.journal(partition), pipe.drain()
+
+    async def drained() -> None:
+        while True:  # As a worker does.
+            with suppress(ExceptionGroup):
+                await asyncio.create_task(drain.run())
+            await asyncio.sleep(0.01)
+
+    task = asyncio.create_task(drained())
+    try:
+        await pipe.write(consumed("k1", 1, ("t", 1, 5, {1: 5})), partition=partition)
+        await pipe.until(lambda: pipe.booked == 1)
+        async with pipe.redis.pipeline(transaction=True) as late:  # Nobody reads in between.
+            late.xadd(stream, {journal.FIELD: journal.encode(consumed("k2", 2, ("t", 1, 5, {1: 5})))})
+            late.xreadgroup(keys.GROUP, "one", {stream: ">"}, count=1)
+            assert (await late.execute())[1], "it was delivered"
+        await pipe.write(consumed("k3", 3, ("t", 1, 5, {1: 5})), partition=partition)
+        await pipe.until(lambda: pipe.booked == 3)
+        await pipe.settle(drain)
+        assert (await pipe.redis.xpending(stream, keys.GROUP))["pending"] == 0
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_a_process_that_is_told_to_stop_finishes_what_it_has_in_hand(
     pipe: Pipe, valkey_url: str, database_dsn: str, seed: int
 ) -> None:
