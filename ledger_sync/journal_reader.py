@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Final, Self, cast
 
 import msgspec
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
@@ -25,6 +25,7 @@ from entitlement.opening import Opening, server_of
 from ledger_sync.posting import Arrival
 
 TIMEOUT_S: Final = 10.0  # of one exchange; longer than any read blocks
+CONNECTIONS: Final = 32  # one reads, the others ask; beyond it they wait
 FETCH: Final = 512  # entries in one reply, about: reading shall not hold up decisions
 MAX_COUNT: Final = 256  # entries of one stream in one reply
 CLAIM: Final = 1_000
@@ -59,7 +60,7 @@ class JournalReader:
     @classmethod
     def connect(cls, url: str, partitions: Sequence[int], consumer: str) -> Self:
         """Connects when first used."""
-        client: Redis = Redis.from_url(
+        pool: BlockingConnectionPool = BlockingConnectionPool.from_url(
             url,
             # No socket_timeout: on Python 3.11 its asyncio.wait_for may swallow a cancellation (cpython gh-86296).
             # Every exchange has a deadline all the same.
@@ -67,8 +68,10 @@ class JournalReader:
             socket_connect_timeout=TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),
             protocol=2,
+            max_connections=CONNECTIONS,
+            timeout=TIMEOUT_S,
         )
-        return cls(client, partitions, consumer)
+        return cls(Redis.from_pool(pool), partitions, consumer)
 
     async def close(self) -> None:
         await self._client.aclose()
