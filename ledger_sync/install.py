@@ -17,16 +17,14 @@ import structlog
 
 from entitlement.account import Account
 from entitlement.decision import Limits
-from entitlement.errors import CorruptRecord, EntitlementError, Unavailable
+from entitlement.errors import EntitlementError, Unavailable
 from ledger_sync.beat import Beat
 from ledger_sync.hot_store import HotStore, Name
 from ledger_sync.install_state import prepare
-from ledger_sync.ledger import LedgerRefused
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Ledger
 
-AT_ONCE: Final = 2  # batches: more would only wait for one another, and for too long
 BATCH: Final = 256  # accounts in one transaction
 MAX_WANTED: Final = 100_000  # requests that wait here; more stay in the hot store's lists
 MISSING_MS: Final = 5_000  # how long the hot store remembers that the ledger has no such account
@@ -73,7 +71,6 @@ class Installer:
         self._wanted: dict[Name, None] = {}  # in the order they came
         self._busy: set[Name] = set()
         self._asked = asyncio.Event()
-        self._room = asyncio.Semaphore(AT_ONCE)
         self.listening = Beat()
         self.working = Beat()
         self._group: asyncio.TaskGroup | None = None  # while it runs
@@ -151,21 +148,10 @@ class Installer:
     async def _attempt(self, names: Sequence[Name], *, settled: bool) -> list[Name]:
         """Installs what can be; returns those that have to settle first. Never raises for a store that is away."""
         try:
-            async with self._room:
-                return await self._install(names, settled=settled)
-        except Unavailable as error:
+            return await self._install(names, settled=settled)
+        except EntitlementError as error:
             self._later(names, RETRY_S, error)
             return []
-        except EntitlementError as error:
-            if len(names) == 1 or not isinstance(error, LedgerRefused | CorruptRecord):
-                self._later(names, RETRY_S, error)
-                return []
-        # One of them may be the reason: the others do not wait for it.
-        middle = len(names) // 2
-        return [
-            *await self._attempt(names[:middle], settled=settled),
-            *await self._attempt(names[middle:], settled=settled),
-        ]
 
     def _later(self, names: Sequence[Name], pause_s: float, error: EntitlementError) -> None:
         """Others do not wait for it."""
