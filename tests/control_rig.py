@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import grpc
 from prometheus_client import CollectorRegistry
-from redis.asyncio import Redis
 
 from entitlement.account import Account
 from entitlement.decision import Charge, Consume, Decision, Limits, Mode, Outcome, Stale, parse_outcome
@@ -171,7 +170,7 @@ async def rig(valkey_url: str, dsn: str, partitions: int = PARTITIONS) -> AsyncI
     ledger = await Ledger.open(dsn)
     hot = HotStore.connect(valkey_url, partitions)
     # Without socket_timeout, which may swallow the cancellation that ends the drain (asyncio.wait_for on Python 3.11).
-    reader = JournalReader(Redis.from_url(valkey_url, protocol=2, socket_timeout=None), range(partitions), "test")
+    reader = JournalReader.connect(valkey_url, range(partitions), "test")
     drain = Drain(ledger, [reader], figures=Figures(CollectorRegistry()), on_commit=lambda _: None, linger_ms=1)
     control = ControlPlane(ledger, hot, drain.settled, TENANT)
     made = Rig(ledger, hot, drain, control)
