@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Name = tuple[str, str]  # tenant, customer
 
 LOOK_S: Final = 0.1  # between two looks at the hot store
+LONGEST_PAUSE_S: Final = 1.0  # between two, while it cannot be opened
 SETTLED_S: Final = 60.0  # for what the journal holds to be settled
 ACCOUNTS: Final = 5_000  # compared together
 REFILL_S: Final = 30.0  # they are waited for
@@ -58,13 +59,16 @@ class Opener:
         with self.beat:
             async with asyncio.TaskGroup() as group:
                 refill: asyncio.Task[None] | None = None
+                pause_s = LOOK_S
                 while True:
                     self.beat()
                     if await self._looked():
                         if refill is not None:
                             refill.cancel()
                         refill = group.create_task(self._refill())
-                    await asyncio.sleep(LOOK_S)
+                    # Each attempt begins under a number of its own, and lanes begin anew with it: not ten a second.
+                    pause_s = min(2 * pause_s, LONGEST_PAUSE_S) if self._away else LOOK_S
+                    await asyncio.sleep(pause_s)
 
     async def _looked(self) -> bool:
         """Whether the hot store was opened just now."""
@@ -102,7 +106,7 @@ class Opener:
         renamed = Opening(opening.number, server.identity, opening.deployment)
         async with self._ledger.transaction() as connection:
             await fence.rename(connection, renamed)
-        await self._hot.open(renamed)
+        await self._tell(renamed)
         self._current = renamed
 
     async def _open(self, server: Server) -> None:
@@ -113,13 +117,16 @@ class Opener:
         behind = await self._behind()
         await self._hot.freeze(behind, FROZEN_MS)
         await self._is_still(server)
-        if not await self._hot.open(opening):
-            raise Unavailable("hot store: it has been opened under a later number")
+        await self._tell(opening)
         async with self._ledger.transaction() as connection:
             await fence.opened(connection, opening)
         self._current = opening
         self._installer.request(behind)
         log.warning("the hot store is open", opening=opening.number, behind=len(behind))
+
+    async def _tell(self, opening: Opening) -> None:
+        if not await self._hot.open(opening):
+            raise Unavailable(f"hot store: it has a later opening than {opening.number}, or took this one too late")
 
     async def _settle(self, server: Server) -> None:
         """What the journal of this hot store holds goes to the ledger first. Ends when it becomes another one."""

@@ -14,7 +14,6 @@ def script(name: str) -> str:
     return files(__name__).joinpath(f"{name}.lua").read_text()
 
 
-@cache
 def until(name: str) -> str:
     """A script of ours, with the time after which it does nothing as its last argument."""
     return script("until") + script(name)

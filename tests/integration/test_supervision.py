@@ -177,7 +177,10 @@ async def test_a_lane_whose_hot_store_never_answers_is_noticed(
     async def new(reader: JournalReader, block_ms: int) -> object:
         if silent and reader is sync.readers[1]:
             hung.set()
-            await asyncio.Event().wait()
+            try:
+                await asyncio.Event().wait()
+            finally:  # It was noticed. A busy machine may take longer than this second for the next rounds.
+                sync.beats["drain.lane1"].deadline_s = 60.0
         return await answered(reader, block_ms)
 
     answered = JournalReader.new
@@ -187,12 +190,10 @@ async def test_a_lane_whose_hot_store_never_answers_is_noticed(
     async with running(sync), asyncio.timeout(DEADLINE_S):
         await hung.wait()
         silent = False
-        # Once, or more often where a busy machine takes longer than the second that this lane has for a round.
-        await holds(lambda: sync.worker.health["drain"].restarts >= 1)
-        assert sync.figure("hangs_total", "drain.lane1") >= 1
-        sync.beats["drain.lane1"].deadline_s = 60.0
+        await holds(lambda: sync.worker.health["drain"].restarts == 1)
+        assert sync.figure("hangs_total", "drain.lane1") == 1
         await go_round([sync.beats["drain.lane0"], sync.beats["drain.lane1"]])
-        assert sync.drain.serving == (0, 1)
+        assert sync.worker.health["drain"].restarts == 1 and sync.drain.serving == (0, 1)
 
 
 async def test_the_health_service_tells_which_loop_it_is() -> None:

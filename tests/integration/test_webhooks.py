@@ -303,10 +303,12 @@ async def test_secrets_are_in_no_log(admin: Rig, hook: Receiver, caplog: pytest.
 
 
 async def lease_lost(made: Rig) -> bool:
-    """Ends the sender's own connection, once it has one."""
+    """Ends the sender's own connection, once it holds the lease and has begun to keep it by its pings."""
     return bool(
         await made.value(
-            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name ~ 'webhooks'"
+            """SELECT count(pg_terminate_backend(a.pid)) FROM pg_stat_activity a JOIN pg_locks l USING (pid)
+               WHERE a.application_name ~ 'webhooks' AND l.locktype = 'advisory' AND l.granted
+                     AND a.query = 'SELECT 1'"""
         )
     )
 
