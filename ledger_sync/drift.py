@@ -61,6 +61,17 @@ def is_behind(account: Account, before: Place) -> bool:
     return account.epoch != before.epoch or account.sequence < before.sequence or account.version < before.version
 
 
+def is_certain(account: Account, before: Place, books: Books) -> bool:
+    """Whether what differs can be held against the account. Not so when it was installed anew meanwhile, or when a
+    ledger change was decided and confirmed meanwhile: then neither reading of the ledger shows what it was.
+    """
+    if books.place.epoch != before.epoch:
+        return False
+    if is_behind(account, before):
+        return True
+    return all(version in books.deltas for version in range(account.version + 1, books.place.version + 1))
+
+
 def differences(account: Account, books: Books, *, behind: bool) -> list[Difference]:
     """What is not the same, by part. What has happened in the ledger after the hot account's place is taken out first;
     not so when the hot account is behind: then all of it is missing there.

@@ -7,6 +7,7 @@ projections, less what it booked after n, must be the same. What differs is look
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Final
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 BATCH: Final = 500  # accounts looked at together
 LOOKS: Final = 3  # times that an account is seen to differ before it is drift
+MAX_PAUSE_S: Final = 0.2  # between two looks
 WAIT_S: Final = 10.0  # for the ledger to come to what the hot accounts show, over the whole call
 POLL_S: Final = 0.02
 REBUILD_S: Final = 30.0
@@ -68,6 +70,14 @@ class _Seen(msgspec.Struct, frozen=True):
     customer: str
     account: Account
     before: Place
+
+
+class _Found(msgspec.Struct, frozen=True):
+    """How one account differs. `certain`: see drift.is_certain."""
+
+    seen: _Seen
+    differences: list[Difference]
+    certain: bool
 
 
 class Reconciler:
@@ -147,19 +157,29 @@ class Reconciler:
     async def _differing(
         self, names: Sequence[str], deadline: float, report: Report
     ) -> list[tuple[_Seen, list[Difference]]]:
-        """The accounts that differ each time they are looked at, with how they did the last time."""
+        """The accounts that differ each time they are looked at, with how they did the last time. A look at something
+        that was just being changed does not count; where every look was one, it is lag.
+        """
         found: list[tuple[_Seen, list[Difference]]] = []
-        for look in range(LOOKS):
-            if look:
-                await asyncio.sleep(POLL_S * look)
-            found, lag = await self._look(names, deadline)
-            report.lag += lag if look == 0 else 0
-            names = [seen.customer for seen, _ in found]
-            if not names:
-                break
+        looks: Counter[str] = Counter()
+        pause = 0.0
+        while names:
+            await asyncio.sleep(pause)
+            differing, lag = await self._look(names, deadline)
+            report.lag += lag if not pause else 0
+            pause = min(pause + POLL_S, MAX_PAUSE_S)
+            names = []
+            for item in differing:
+                looks[item.seen.customer] += item.certain
+                if looks[item.seen.customer] == LOOKS:
+                    found.append((item.seen, item.differences))
+                elif item.certain or monotonic() < deadline:
+                    names.append(item.seen.customer)
+                else:
+                    report.lag += 1
         return found
 
-    async def _look(self, names: Sequence[str], deadline: float) -> tuple[list[tuple[_Seen, list[Difference]]], int]:
+    async def _look(self, names: Sequence[str], deadline: float) -> tuple[list[_Found], int]:
         async with self._ledger.transaction(readonly=True) as connection:
             mark = await verify_reads.mark(connection, self._tenant, names)
         accounts = await self._hot.snapshots([(self._tenant, name) for name in names])
@@ -178,7 +198,8 @@ class Reconciler:
         for item in reached:
             behind = drift.is_behind(item.account, item.before)
             if differences := drift.differences(item.account, books[item.customer], behind=behind):
-                found.append((item, differences))
+                certain = drift.is_certain(item.account, item.before, books[item.customer])
+                found.append(_Found(item, differences, certain))
         return found, lag
 
     async def _reach(self, seen: list[_Seen], deadline: float) -> tuple[list[_Seen], int]:

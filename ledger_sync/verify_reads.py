@@ -54,8 +54,10 @@ WHERE m.tenant = $1"""
 _LATE_ENTRIES: Final = """
 SELECT t.customer, t.sequence, t.version, e.account, e.grant_no, e.amount
 FROM transactions t JOIN entries e ON e.transaction_id = t.id
-     JOIN unnest($2::text[], $3::bigint[], $4::bigint[]) AS w (customer, sequence, version) ON w.customer = t.customer
-WHERE t.tenant = $1 AND t.id > $5 AND (t.sequence > w.sequence OR t.sequence = 0 AND t.version > w.version)"""
+     JOIN unnest($2::text[], $3::bigint[], $4::bigint[], $5::bigint[]) AS w (customer, sequence, version, epoch)
+     ON w.customer = t.customer
+WHERE t.tenant = $1 AND t.id > $6
+      AND (t.sequence > w.sequence AND t.epoch >= w.epoch OR t.sequence = 0 AND t.version > w.version)"""
 
 # Of earlier installs none is late: what of them is settled after the install comes with a ledger change.
 _LATE_EVENTS: Final = """
@@ -131,7 +133,8 @@ async def _read_late(
     names = list(accounts)
     sequences = [account.sequence for account in accounts.values()]
     versions = [account.version for account in accounts.values()]
-    for row in await connection.fetch(_LATE_ENTRIES, tenant, names, sequences, versions, last_id):
+    epochs = [account.epoch for account in accounts.values()]
+    for row in await connection.fetch(_LATE_ENTRIES, tenant, names, sequences, versions, epochs, last_id):
         _late_entry(found[row["customer"]], row)
     moved = {name: account for name, account in accounts.items() if found[name].place.sequence > account.sequence}
     if not moved:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from random import Random
 
 import grpc
@@ -21,6 +21,7 @@ from entitlement.v1 import gateway_pb2
 from entitlement.v1 import ledger_pb2 as pb
 from ledger_sync.install import ensure
 from ledger_sync.pricing import PriceList
+from ledger_sync.reconcile import LOOKS
 from tests.control_rig import DEADLINE_S, TENANT, USD, Rig, eventually, refusal, rig
 from tests.servers import ValkeyProcess
 
@@ -368,6 +369,60 @@ class TestVerify:
         report = await verify(shop, "amy")
         assert is_clean(report) and (report.customers, report.events) == (1, 1)
         assert (await verify(shop, "bob")).drifted == 1
+
+    async def test_what_is_given_back_while_it_looks_is_no_drift(
+        self, shop: Rig, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A key that Redis forgot is charged again, found out and given back between two readings of the ledger, each
+        time that Verify looks, for longer than drift would need.
+        """
+        await shop.consume("bob", "input.tokens", 1_000, key="k")
+        await shop.settled("bob")
+        digest = key_digest(TENANT, "bob", "k")
+        given_back = 0
+        snapshots = shop.hot.snapshots
+
+        async def between(names: Sequence[tuple[str, str]]) -> list[Account | None]:
+            nonlocal given_back
+            if given_back > LOOKS or names != [BOB]:
+                return await snapshots(names)
+            given_back += 1
+            with monkeypatch.context() as patch:
+                patch.setattr(shop.hot, "snapshots", snapshots)
+                await shop.stop_drain()
+                await redis.delete(keys.idempotency(shop.hot.partition(BOB), digest))
+                await shop.consume("bob", "input.tokens", 1_000, key="k")
+                seen = await snapshots(names)
+                shop.start_drain()
+                assert seen[0] is not None
+                version = seen[0].version + 1
+                await shop.account_when("bob", lambda account: account.version == version)
+                await shop.settled("bob")
+            return seen
+
+        monkeypatch.setattr(shop.hot, "snapshots", between)
+        assert is_clean(await verify(shop))
+        assert given_back == LOOKS + 1
+
+    async def test_an_install_while_it_looks_is_no_drift(
+        self, shop: Rig, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await shop.consume("bob", "input.tokens", 1_000)
+        await shop.settled("bob")
+        installed = 0
+        snapshots = shop.hot.snapshots
+
+        async def between(names: Sequence[tuple[str, str]]) -> list[Account | None]:
+            nonlocal installed
+            if installed <= LOOKS and names == [BOB]:
+                installed += 1
+                await shop.hot.drop(BOB)
+                await ensure(shop.hot, [BOB])
+            return await snapshots(names)
+
+        monkeypatch.setattr(shop.hot, "snapshots", between)
+        assert is_clean(await verify(shop))
+        assert installed == LOOKS + 1
 
     async def test_it_holds_under_load(self, shop: Rig, redis: Redis, seed: int) -> None:
         """Traffic, changes, forgotten keys and lost accounts, all at once, while Verify looks again and again."""

@@ -10,7 +10,7 @@ from entitlement.account import Account, Billing, Config, HotGrant
 from entitlement.grants import Category, Grant
 from entitlement.periods import DAY
 from ledger_sync.accounts import Credit, Ledgered, assemble
-from ledger_sync.drift import Books, Difference, Place, differences, is_behind, repair
+from ledger_sync.drift import Books, Difference, Place, differences, is_behind, is_certain, repair
 from ledger_sync.hot_deltas import Change, Delta, GrantLine
 from ledger_sync.ledger import Row
 
@@ -46,6 +46,26 @@ def test_every_part_that_differs_is_named() -> None:
     assert repair(found, MAY) == Change(
         grants=((1, 1), (2, 5), (9, -4)), overage=-2, settled=1, meters=(("u", 1),), cycle=MAY
     )
+
+
+@pytest.mark.parametrize(
+    ("account", "before", "now", "certain"),
+    [
+        (hot(), Place(1, 5, 3), Place(1, 5, 3), True),
+        (hot(), Place(1, 5, 3), Place(1, 9, 4), True),  # Change 4 is known.
+        (hot(), Place(1, 5, 3), Place(1, 9, 5), False),  # Change 5 came and went meanwhile.
+        (hot(), Place(1, 5, 3), Place(2, 5, 3), False),  # Installed anew meanwhile.
+        (hot(epoch=2), Place(1, 5, 3), Place(2, 5, 3), False),
+        (hot(epoch=2), Place(1, 5, 3), Place(1, 5, 3), True),  # An install that the ledger does not know.
+        (hot(version=2), Place(1, 5, 3), Place(1, 5, 3), True),  # It lost a change.
+        (hot(sequence=4), Place(1, 5, 3), Place(1, 5, 3), True),
+    ],
+)
+def test_what_was_being_changed_is_not_held_against_the_account(
+    account: Account, before: Place, now: Place, certain: bool
+) -> None:
+    four = Delta(version=4, config=CONFIG.encode())
+    assert is_certain(account, before, books(place=now, deltas={4: four})) is certain
 
 
 def test_what_the_ledger_booked_later_is_taken_out() -> None:
