@@ -63,6 +63,8 @@ class Reason(IntEnum):
     USAGE_LIMIT_REACHED = 7
     ARREARS_GATE = 8
     PRICE_UNKNOWN = 11
+    HOLD_NOT_FOUND = 12
+    HOLD_FINALIZED = 13
     DEGRADED_DENY = 14
     ACCOUNT_FROZEN = 15
     SUBJECT_LIMIT_REACHED = 16
@@ -78,6 +80,7 @@ class Limits(msgspec.Struct, frozen=True):
     oldest_ms: int = 35 * DAY
     newest_ms: int = 300 * SECOND
     remember_ms: int = HOUR  # how long a key's first answer is kept in the hot store
+    longest_hold_ms: int = DAY  # from when a hold was made to when it expires at the latest
 
 
 Dimensions: TypeAlias = tuple[tuple[str, str], ...]  # sorted by name

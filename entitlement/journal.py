@@ -10,8 +10,14 @@ ends with NUL, pair: two doubles h, l that mean h * 10^9 + l). Codec version 1:
     2 rolled:   d period_start  d period_end  pair closed_overage  pair allowance
     3 adjusted: pair settled_adjustment  pair overage_adjustment  pair settled  pair allowance  d cycle_start, then
                 removed, reclassed, repaid: H count, for each: d grant  pair amount
+    4 held:     d event_ms  d created_ms  d expires_ms  B extension  pair amount  B lines  z credit_type  z plan
+                z rate_version  z hold  z subject; for each line: d quantity  pair amount  z meter; the rest is the
+                ReserveRequest or ExtendRequest
+    5 settled:  B flags  pair taken  pair returned  z hold  z subject, then as consumed, with the SettleRequest
+    6 ended:    B how  pair returned  z hold  z subject
 
-flags: 1 shadow, 2 degraded. crossings: 'percent+n' crossed, 'percent-n' recovered, joined by ','; '-' for none.
+flags: 1 shadow, 2 degraded; of settled: 1 final, 2 late.
+crossings: 'percent+n' crossed, 'percent-n' recovered, joined by ','; '-' for none.
 """
 
 from __future__ import annotations
@@ -20,15 +26,26 @@ from collections.abc import Callable
 from struct import Struct
 from struct import error as StructError
 
-import msgspec
-
 from entitlement.errors import CorruptRecord
 from entitlement.quantity import NANOS
+from entitlement.records import OVERAGE as OVERAGE
+from entitlement.records import Adjusted as Adjusted
+from entitlement.records import Burn as Burn
+from entitlement.records import BurnedLine as BurnedLine
+from entitlement.records import Close as Close
+from entitlement.records import Consumed as Consumed
+from entitlement.records import Crossing as Crossing
+from entitlement.records import Ended as Ended
+from entitlement.records import Header as Header
+from entitlement.records import Held as Held
+from entitlement.records import HeldLine as HeldLine
+from entitlement.records import Record as Record
+from entitlement.records import Rolled as Rolled
+from entitlement.records import Settled as Settled
 
 CODEC = 1
 FIELD = b"r"
-OVERAGE = 0  # the grant number that stands for overage in a burn
-CONSUMED, ROLLED, ADJUSTED = 1, 2, 3
+CONSUMED, ROLLED, ADJUSTED, HELD, SETTLED, ENDED = 1, 2, 3, 4, 5, 6
 
 _HEADER = Struct("<BB4d")
 _CONSUMED = Struct("<2dBB5dB")
@@ -37,91 +54,22 @@ _BURN = Struct("<3d")
 _ROLLED = Struct("<6d")
 _ADJUSTED = Struct("<9d")
 _COUNT = Struct("<H")
-
-
-class Burn(msgspec.Struct, frozen=True, gc=False):
-    """Nanos taken from one grant (`grant` 0: overage)."""
-
-    grant: int
-    amount: int
-
-
-class BurnedLine(msgspec.Struct, frozen=True):
-    """One usage line as it was charged."""
-
-    meter: str
-    quantity: int
-    amount: int
-    burns: tuple[Burn, ...]
-
-
-class Crossing(msgspec.Struct, frozen=True, gc=False):
-    """A threshold that usage passed (`up`) or fell below again. `number` counts the cycle's crossings."""
-
-    percent: int
-    up: bool
-    number: int
-
-
-class Header(msgspec.Struct, frozen=True, kw_only=True):
-    """What every record says of itself."""
-
-    tenant: str
-    customer: str
-    epoch: int
-    sequence: int
-    version: int
-    recorded_ms: int
-
-
-class Consumed(Header, frozen=True, kw_only=True):
-    """A decision that granted."""
-
-    event_ms: int
-    period_start: int
-    verdict: int
-    shadow: bool
-    credit_type: str
-    plan: str
-    rate_version: str
-    lines: tuple[BurnedLine, ...]
-    crossings: tuple[Crossing, ...]
-    settled: int
-    allowance: int
-    cycle_start: int
-    request: bytes
-    degraded: bool = False  # granted while the hot store was away
-
-
-class Rolled(Header, frozen=True, kw_only=True):
-    """A period ended and the next one began."""
-
-    period_start: int
-    period_end: int
-    closed_overage: int
-    allowance: int
-
-
-class Adjusted(Header, frozen=True, kw_only=True):
-    """A ledger change (its number is `version`) reached the hot account."""
-
-    settled_adjustment: int
-    overage_adjustment: int
-    removed: tuple[Burn, ...]
-    reclassed: tuple[Burn, ...]
-    repaid: tuple[Burn, ...]
-    crossings: tuple[Crossing, ...]
-    settled: int
-    allowance: int
-    cycle_start: int
-
-
-Record = Consumed | Rolled | Adjusted
+_HELD = Struct("<3dB2dB")
+_HELD_LINE = Struct("<3d")
+_SETTLED = Struct("<B4d")
+_ENDED = Struct("<B2d")
 
 
 def encode(record: Record) -> bytes:
     """The entry's field, byte for byte as the scripts write it."""
     match record:
+        case Settled():
+            return _header(SETTLED, record, _crossings_text(record.crossings)) + _pack_settled(record)
+        case Held():
+            return _header(HELD, record, "-") + _pack_held(record)
+        case Ended():
+            head = _ENDED.pack(record.how, *divmod(record.returned, NANOS))
+            return _header(ENDED, record, "-") + head + _texts(record.hold, record.subject)
         case Consumed():
             return _header(CONSUMED, record, _crossings_text(record.crossings)) + _pack_consumed(record)
         case Rolled():
@@ -149,6 +97,26 @@ def _pack_consumed(record: Consumed) -> bytes:
         for line in record.lines
     ]
     return head + texts + b"".join(lines) + record.request
+
+
+def _pack_settled(record: Settled) -> bytes:
+    flags = int(record.final) + 2 * record.late
+    head = _SETTLED.pack(flags, *divmod(record.taken, NANOS), *divmod(record.returned, NANOS))
+    return head + _texts(record.hold, record.subject) + _pack_consumed(record)
+
+
+def _pack_held(record: Held) -> bytes:
+    head = _HELD.pack(
+        *(record.event_ms, record.created_ms, record.expires_ms, record.extension),
+        *(*divmod(record.amount, NANOS), len(record.lines)),
+    )
+    texts = _texts(record.credit_type, record.plan, record.rate_version, record.hold, record.subject)
+    lines = [_HELD_LINE.pack(line.quantity, *divmod(line.amount, NANOS)) + _texts(line.meter) for line in record.lines]
+    return head + texts + b"".join(lines) + record.request
+
+
+def _texts(*texts: str) -> bytes:
+    return "".join([text + "\0" for text in texts]).encode()
 
 
 def _pack_adjusted(record: Adjusted) -> bytes:
@@ -259,10 +227,83 @@ def _adjusted(header: _Head, crossings: tuple[Crossing, ...], data: bytes, at: i
     )
 
 
+def _settled(header: _Head, crossings: tuple[Crossing, ...], data: bytes, at: int) -> Settled:
+    flags, t1, t0, r1, r0 = _SETTLED.unpack_from(data, at)
+    hold, at = _text(data, at + _SETTLED.size)
+    subject, at = _text(data, at)
+    used = _consumed(header, crossings, data, at)
+    return Settled(
+        **{name: getattr(used, name) for name in Consumed.__struct_fields__},
+        hold=hold,
+        subject=subject,
+        taken=int(t1) * NANOS + int(t0),
+        returned=int(r1) * NANOS + int(r0),
+        final=flags & 1 == 1,
+        late=flags & 2 == 2,
+    )
+
+
+def _held(header: _Head, _: tuple[Crossing, ...], data: bytes, at: int) -> Held:
+    tenant, customer, epoch, sequence, version, recorded = header
+    event, created, expires, extension, a1, a0, count = _HELD.unpack_from(data, at)
+    at += _HELD.size
+    texts = []
+    for _text_no in range(5):
+        text, at = _text(data, at)
+        texts.append(text)
+    lines = []
+    for _line_no in range(count):
+        quantity, high, low = _HELD_LINE.unpack_from(data, at)
+        meter, at = _text(data, at + _HELD_LINE.size)
+        lines.append(HeldLine(meter, int(quantity), int(high) * NANOS + int(low)))
+    return Held(
+        tenant=tenant,
+        customer=customer,
+        epoch=epoch,
+        sequence=sequence,
+        version=version,
+        recorded_ms=recorded,
+        event_ms=int(event),
+        created_ms=int(created),
+        expires_ms=int(expires),
+        extension=extension == 1,
+        amount=int(a1) * NANOS + int(a0),
+        credit_type=texts[0],
+        plan=texts[1],
+        rate_version=texts[2],
+        hold=texts[3],
+        subject=texts[4],
+        lines=tuple(lines),
+        request=data[at:],
+    )
+
+
+def _ended(header: _Head, _: tuple[Crossing, ...], data: bytes, at: int) -> Ended:
+    tenant, customer, epoch, sequence, version, recorded = header
+    how, r1, r0 = _ENDED.unpack_from(data, at)
+    hold, at = _text(data, at + _ENDED.size)
+    subject, _end = _text(data, at)
+    return Ended(
+        tenant=tenant,
+        customer=customer,
+        epoch=epoch,
+        sequence=sequence,
+        version=version,
+        recorded_ms=recorded,
+        how=Close(how),
+        returned=int(r1) * NANOS + int(r0),
+        hold=hold,
+        subject=subject,
+    )
+
+
 _DECODERS: dict[int, Callable[[_Head, tuple[Crossing, ...], bytes, int], Record]] = {
     CONSUMED: _consumed,
     ROLLED: _rolled,
     ADJUSTED: _adjusted,
+    HELD: _held,
+    SETTLED: _settled,
+    ENDED: _ended,
 }
 
 

@@ -40,3 +40,13 @@ def journal(partition: int) -> str:
 def install_requests(partition: int) -> str:
     """List: accounts ("<tenant> <customer>") that a gateway needs and the hot store does not have."""
     return f"l:{{{partition}}}"
+
+
+def hold(partition: int, digest: bytes) -> bytes:
+    """Hash: one hold (fields: see entitlement/lua/holds.lua)."""
+    return b"h:{%d}:%b" % (partition, digest)
+
+
+def holds(partition: int) -> str:
+    """Sorted set: the partition's open holds ("<tenant> <customer> <hold>") by when they expire."""
+    return f"x:{{{partition}}}"

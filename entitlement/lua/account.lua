@@ -158,6 +158,19 @@ local function write_quota(q)
   return table.concat({integer(q.limit), q.soft, q.recurrence, q.anchor, integer(q.used), integer(q.from), integer(q.to)}, ' ')
 end
 
+-- Appends fields and values of what was counted on quotas and on the subject's own limit, of which own_h, own_l is left.
+local function write_limits(writes, quotas, subject, own, own_h, own_l)
+  for feature, q in pairs(quotas) do
+    writes[#writes + 1] = 'q:' .. feature
+    writes[#writes + 1] = write_quota(q)
+  end
+  if own_h then
+    own.uh, own.ul = sub(own.h, own.l, own_h, own_l)
+    writes[#writes + 1] = 's:' .. subject
+    writes[#writes + 1] = write_subject(own)
+  end
+end
+
 -- Takes an amount from the grants in their order. Returns the burns as journaled, how many they are, and what the grants
 -- did not cover.
 local function burn(grants, feature, at, need_h, need_l)

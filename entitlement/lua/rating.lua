@@ -78,6 +78,8 @@ local function amount(rate, before, quantity)
   if before + quantity > 9007199254740991 then return nil end
   local price, per = string.match(rate, '^U (%d+) (%d+)$')
   if price and per == '1' and (before + quantity) * price < 9007199254740992 then return pair(quantity * price) end
+  local fixed = string.match(rate, '^F (%-?%d+)$') -- What has been answered already, and is told once more.
+  if fixed then return num(fixed) end
   local ah, al = cost_of(rate, before + quantity)
   if ah == nil then return nil end
   local bh, bl = cost_of(rate, before)

@@ -1,0 +1,62 @@
+-- Ends a hold without usage, or moves the time at which it expires. One script, one fate.
+--
+-- KEYS  1 account   2 hold   3 journal   4 index of holds
+-- ARGV  1 what: R release, E expire (if it is time), S settle with nothing used, T more time   2 'tenant customer'   3 hold id
+--       4 memory of it, ms   5 of S: the key (its digest)   6 of T: how long, ms   7 of T: at most, ms
+-- Returns as reserve.lua; '~' too when it had been done before, then with the balance of now; '!HOLD 12', '!HOLD 13';
+-- '!HOLD 15': the account is being built anew; '!LATER': it is not time yet.
+local held, what = read_hold(KEYS[2]), ARGV[1]
+if not held then return '!HOLD 12' end
+local fields = redis.call('HMGET', KEYS[1], 'c', 'd', 'g')
+if not fields[1] or fields[1] == 'missing' then return '!NOT_LOADED' end
+if fields[1] == 'frozen' then return '!HOLD 15' end
+local a = read_config(fields[1])
+read_state(a, fields[2])
+local clock = redis.call('TIME')
+local now = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
+if held.state == 'H' and held.epoch ~= a.epoch then return held.epoch > a.epoch and '!NOT_LOADED' or '!HOLD 12' end
+
+local function told(sign, expires)
+  local h, l = available(a, read_grants(fields[3]), now)
+  return sign .. a.credit .. '\0' .. struct.pack('<BBBBI4I6I4i5I4i5I4i5I4i5I4i5I4B', 1, 0, 255, 2, a.epoch, a.sequence, 0, h, l, a.sh, a.sl,
+    a.hh, a.hl, a.oh, a.ol, a.gh, a.gl, 0) .. struct.pack('<d', expires)
+end
+
+if held.state ~= 'H' then
+  if what == 'E' or (what == 'R' and held.state ~= 'S') or (what == 'S' and held.settled_by == ARGV[5]) then return told('~', 0) end
+  if not (what == 'S' and held.state == 'E') then return '!HOLD 13' end
+end
+if what == 'E' and now < held.expires then return '!LATER' end
+local member, late = ARGV[2] .. ' ' .. ARGV[3], held.state == 'E'
+a.sequence = a.sequence + 1
+if what == 'T' then
+  local expires = math.min(now + tonumber(ARGV[6]), held.created + tonumber(ARGV[7]))
+  redis.call('HSET', KEYS[1], 'd', write_state(a))
+  redis.call('HSET', KEYS[2], 'x', integer(expires))
+  redis.call('ZADD', KEYS[4], expires, member)
+  journal(KEYS[3], 4, ARGV[2], a, now, '-',
+    struct.pack('<dddBddBsssss', now, held.created, expires, 1, 0, 0, 0, a.credit, '', '', ARGV[3], held.subject or ''))
+  return told('=', expires)
+end
+
+local quotas, own, own_h, own_l = {}, nil, nil, nil
+if not late then
+  a.hh, a.hl = sub(a.hh, a.hl, held.h, held.l)
+  for _, line in ipairs(held.lines) do let_go(held, line.feature, nil, quotas, KEYS[1], now) end
+  local limit = held.subject and redis.call('HGET', KEYS[1], 's:' .. held.subject)
+  own = limit and read_subject(limit, now)
+  if own and held.window == own.from + 1 then
+    own_h, own_l = sub(own.h, own.l, own.uh, own.ul)
+    own_h, own_l = add(own_h, own_l, held.h, held.l)
+  end
+end
+
+-- After this point it must succeed.
+local writes = {'d', write_state(a)}
+write_limits(writes, quotas, held.subject, own, own_h, own_l)
+redis.call('HSET', KEYS[1], unpack(writes))
+journal(KEYS[3], 6, ARGV[2], a, now, '-',
+  struct.pack('<Bddss', what == 'S' and 1 or what == 'R' and 2 or 3, late and 0 or held.h, late and 0 or held.l, ARGV[3], held.subject or ''))
+if what == 'S' then redis.call('HSET', KEYS[2], 'd', ARGV[5]) end
+end_hold(KEYS[2], KEYS[4], member, what, ARGV[4])
+return told('=', 0)

@@ -1,0 +1,38 @@
+-- The end of reserve.lua, after decide.lua.
+if denied then
+  return '=' .. a.credit .. '\0' .. answer(available(a, read_grants(fields[3]), now)) .. struct.pack('<d', 0)
+end
+if total_h < 0 then total_h, total_l = 0, 0 end
+a.hh, a.hl = add(a.hh, a.hl, total_h, total_l)
+if over(a.hh, a.hl) then return '!RANGE 0' end
+a.sequence = a.sequence + 1
+local ttl, longest = tonumber(ARGV[REST + 3]), tonumber(ARGV[REST + 4])
+local created = held and held.created or now
+local expires = math.min(now + ttl, created + longest)
+if held and ttl == 0 then expires = held.expires end
+
+-- After this point it must succeed.
+local writes = {'d', write_state(a)}
+write_limits(writes, quotas, subject, own, own_h, own_l)
+redis.call('HSET', KEYS[1], unpack(writes))
+local lines, journaled, left_h, left_l = held and held.lines or {}, {}, total_h, total_l
+for i = 1, n do
+  local feature, units, h, l = ARGV[ARGS + 4 * i - 3], struct.unpack('<I7i5I4', charged[i])
+  local q = quotas[feature]
+  add_line(lines, feature, units, q and at >= q.from and q.from + 1 or 0)
+  journaled[i] = struct.pack('<ddds', units, h, l, ARGV[ARGS + 4 * i - 2])
+end
+if held then left_h, left_l = add(left_h, left_l, held.h, held.l) end
+journal(KEYS[3], 4, ARGV[5], a, now, '-',
+  struct.pack('<dddBddBsssss', event, created, expires, held and 1 or 0, total_h, total_l, n, a.credit, ARGV[9], ARGV[10], ARGV[REST + 2], subject or '')
+    .. table.concat(journaled) .. ARGV[2])
+local result = answer(available(a, read_grants(fields[3]), now)) .. struct.pack('<d', expires)
+if held then
+  redis.call('HSET', KEYS[2], 'x', integer(expires), 'n', text(left_h, left_l), 'l', write_lines(lines), 'k:' .. extension, ARGV[1] .. result)
+else
+  redis.call('DEL', KEYS[2])
+  redis.call('HSET', KEYS[2], 'f', ARGV[1], 'a', result, 's', 'H', 'e', integer(a.epoch), 'c', integer(now), 'x', integer(expires),
+    'n', text(left_h, left_l), 'u', subject or '', 'w', own_h and integer(own.from + 1) or '0', 'l', write_lines(lines))
+end
+redis.call('ZADD', KEYS[4], expires, ARGV[5] .. ' ' .. ARGV[REST + 2])
+return '=' .. a.credit .. '\0' .. result

@@ -1,0 +1,26 @@
+-- Charges what was used of a hold: posted in full, whatever the hold was for. What it had set aside is let go by as much; with
+-- `final`, all of it. A hold that has expired is settled once more, late: the work has happened. One script, one fate.
+--
+-- KEYS  1 account   2 idempotency record   3 journal   4 hold   5 index of holds
+-- ARGV  as for consume.lua with mode 4, then after the quantities: 1 hold id   2 '1': final   3 '1': replayed, as it was
+--       answered   4 the subject, of a replay whose hold is gone
+-- Returns as consume.lua, with 1 (late) or 0 as one byte after the answer; '!HOLD 12' not found, '!HOLD 13' it has ended.
+local stored = redis.call('GET', KEYS[2])
+if stored then
+  if string.sub(stored, 1, 8) ~= ARGV[1] then return '!MISMATCH' end
+  local c = redis.call('HGET', KEYS[1], 'c')
+  return '~' .. (c and string.match(c, '^%S %S %S+ (%S+)') or '') .. '\0' .. string.sub(stored, 9)
+end
+local ARGS, NONE = 13, 255
+local n = tonumber(ARGV[13])
+local QUANTITIES = ARGS + 4 * n
+local REST = QUANTITIES + n
+local held, replay, check = read_hold(KEYS[4]), ARGV[REST + 3] == '1', false
+if not replay then
+  if not held then return '!HOLD 12' end
+  if held.state ~= 'H' and held.state ~= 'E' then return '!HOLD 13' end
+end
+local late = held ~= nil and held.state == 'E'
+local subject = ARGV[REST + 4] ~= '' and ARGV[REST + 4] or nil
+if held then subject = held.subject end
+local kind, extra, suffix, finish = 5, '', struct.pack('B', late and 1 or 0), nil
