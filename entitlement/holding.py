@@ -9,8 +9,10 @@ from typing import Literal
 import msgspec
 
 from entitlement import keys
+from entitlement.account import Account, Quota
 from entitlement.decision import (
     Charge,
+    Charged,
     Consume,
     Decision,
     Limits,
@@ -19,15 +21,19 @@ from entitlement.decision import (
     Reason,
     Verdict,
     consume_arguments,
+    pack_answer,
     parse_outcome,
 )
 from entitlement.errors import CorruptRecord
 from entitlement.identity import key_digest
+from entitlement.records import Held
+from entitlement.v1 import gateway_pb2
 
 Argument = str | bytes | int
 What = Literal["R", "E", "S", "T"]  # release, expire, settle with nothing used, more time
 
 _EXPIRES = Struct("<d")
+_UNITS = Struct("<dd")
 _GRANTED = (Verdict.ALLOW, Verdict.ALLOW_WITH_CAPS)
 
 
@@ -76,6 +82,96 @@ class NoHold(msgspec.Struct, frozen=True):
     """There is no such hold (HOLD_NOT_FOUND), it has ended (HOLD_FINALIZED), or its account is being built anew."""
 
     reason: Reason
+
+
+class HoldLine(msgspec.Struct, frozen=True):
+    """Units of a feature that a hold has set aside and that were not used yet; when that was."""
+
+    feature: str
+    units: int
+    at_ms: int
+
+
+class Extension(msgspec.Struct, frozen=True):
+    """More of a hold, as it was granted."""
+
+    fingerprint: bytes
+    record: Held
+
+
+class Hold(msgspec.Struct, frozen=True):
+    """A hold, as the ledger puts it back into the hot store. `remaining`: nanos."""
+
+    id: str
+    subject: str
+    created_ms: int
+    expires_ms: int
+    remaining: int
+    lines: tuple[HoldLine, ...]
+    fingerprint: bytes
+    record: Held
+    extensions: tuple[Extension, ...] = ()
+
+    def fields(self, state: str, account: Account, now_ms: int) -> dict[str, str | bytes]:
+        """Its hash in the hot store (see entitlement/lua/holds.lua), for an account that is about to be there."""
+        fields: dict[str, str | bytes] = {
+            "f": self.fingerprint,
+            "a": _answer(self.record, account, now_ms, self.record.expires_ms),
+            "s": state,
+            "e": str(account.epoch),
+            "c": str(self.created_ms),
+            "x": str(self.expires_ms),
+            "n": str(self.remaining),
+            "u": self.subject,
+            "w": str(self._window(account)),
+            "l": b"".join(_line(line, account) for line in self.lines),
+        }
+        for extension in self.extensions:
+            key = _key(extension.record)
+            fields[f"k:{key}"] = extension.fingerprint + _answer(extension.record, account, now_ms, self.expires_ms)
+        return fields
+
+    def _window(self, account: Account) -> int:
+        limit = account.subjects.get(self.subject)
+        return limit.start_ms + 1 if limit is not None and self.created_ms >= limit.start_ms else 0
+
+
+def counted(line: HoldLine, quota: Quota) -> bool:
+    """Whether the quota's window counts what the line has set aside."""
+    return line.feature == quota.feature and line.at_ms >= quota.start_ms
+
+
+def _line(line: HoldLine, account: Account) -> bytes:
+    quota = account.quotas.get(line.feature)
+    start = quota.start_ms + 1 if quota is not None and counted(line, quota) else 0
+    return line.feature.encode() + b"\0" + _UNITS.pack(line.units, start)
+
+
+def _key(record: Held) -> str:
+    return gateway_pb2.ExtendRequest.FromString(record.request).idempotency_key
+
+
+def _answer(record: Held, account: Account, now_ms: int, expires_ms: int) -> bytes:
+    """As it was answered, with the balance of now."""
+    decision = Decision(
+        Verdict.ALLOW,
+        Reason.NONE,
+        failed_line=-1,
+        shadow=False,
+        epoch=record.epoch,
+        sequence=record.sequence,
+        credit_type=record.credit_type,
+        available=account.available(now_ms),
+        held=account.held,
+        settled=account.settled,
+        overage=account.overage,
+        gate=account.gate,
+        rate_version=record.rate_version,
+        charged=tuple(Charged(line.quantity, line.amount) for line in record.lines),
+        quotas=(),
+        replayed=False,
+    )
+    return pack_answer(decision) + _EXPIRES.pack(expires_ms)
 
 
 HoldOutcome = Kept | NoHold | Outcome

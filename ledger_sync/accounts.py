@@ -13,6 +13,7 @@ import msgspec
 
 from entitlement.account import Account, Billing, Config, HotGrant, Quota, SubjectLimit
 from entitlement.grants import Grant, burn_key
+from entitlement.holding import Hold, counted
 from entitlement.periods import period
 from entitlement.quantity import MAX_NANOS
 from ledger_sync import hot_deltas
@@ -56,6 +57,7 @@ class Ledgered(msgspec.Struct):
     settled: int = 0
     meters: dict[tuple[int, str], int] = {}
     pending: list[hot_deltas.Delta] = []
+    holds: list[Hold] = []  # those that are open
 
     @property
     def name(self) -> Name:
@@ -148,11 +150,14 @@ def _quota(rule: QuotaRule, ledger: Ledgered, now_ms: int) -> Quota:
     anchor_ms = ledger.config.anchor_ms
     start, end = period(rule.recurrence, anchor_ms, now_ms)
     used = ledger.used.get(rule.feature, 0)
-    return Quota(rule.feature, rule.limit, rule.soft, rule.recurrence, anchor_ms, used, start, end)
+    quota = Quota(rule.feature, rule.limit, rule.soft, rule.recurrence, anchor_ms, used, start, end)
+    quota.used += sum(line.units for hold in ledger.holds for line in hold.lines if counted(line, quota))
+    return quota
 
 
 def _limit(rule: LimitRule, ledger: Ledgered, now_ms: int) -> SubjectLimit:
     anchor_ms = ledger.config.anchor_ms
     start, end = period(rule.recurrence, anchor_ms, now_ms)
     used = ledger.used_by.get(rule.subject, 0)
+    used += sum(hold.remaining for hold in ledger.holds if hold.subject == rule.subject and hold.created_ms >= start)
     return SubjectLimit(rule.subject, rule.limit, rule.recurrence, anchor_ms, used, start, end)

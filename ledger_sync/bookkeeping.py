@@ -4,7 +4,7 @@ and moves the projections, one statement each. All in the caller's transaction.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from entitlement.journal import OVERAGE, Adjusted, Consumed, Rolled
@@ -12,6 +12,7 @@ from entitlement.periods import HOUR
 from ledger_sync import books, hot_deltas, quarantine, resumed
 from ledger_sync.announcements import queue_webhooks
 from ledger_sync.books import Position, Who
+from ledger_sync.hold_books import HoldName, HoldRow, Moved, State, moved, name_of
 from ledger_sync.posting import Expired, Posted, close_key, delta_key
 from ledger_sync.rated import RATED
 from ledger_sync.settlement import Earlier, Known, Outcome, Settlement, merged
@@ -27,7 +28,7 @@ _PLAN: Final = "SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off;
 
 _LOCK: Final = """
 SELECT a.tenant, a.customer, a.credit_type, a.epoch, a.sequence, a.applied, a.overage, a.period_start, a.period_end,
-       a.allowance, a.crossed, a.crossings, a.gaps
+       a.allowance, a.crossed, a.crossings, a.gaps, a.held
 FROM accounts a JOIN unnest($1::text[], $2::text[]) AS w (tenant, customer) USING (tenant, customer)
 ORDER BY a.tenant, a.customer FOR UPDATE OF a"""
 
@@ -50,11 +51,11 @@ _POSITIONS: Final = """
 UPDATE accounts a
 SET epoch = n.epoch, sequence = n.sequence, applied = greatest(a.applied, n.applied), overage = n.overage,
     period_start = n.period_start, period_end = n.period_end, allowance = n.allowance, crossed = n.crossed,
-    crossings = n.crossings, gaps = n.gaps
+    crossings = n.crossings, gaps = n.gaps, held = n.held
 FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bigint[],
-            $9::bigint[], $10::text[], $11::integer[], $12::integer[])
+            $9::bigint[], $10::text[], $11::integer[], $12::integer[], $13::bigint[])
     AS n (tenant, customer, epoch, sequence, applied, overage, period_start, period_end, allowance, crossed, crossings,
-          gaps)
+          gaps, held)
 WHERE a.tenant = n.tenant AND a.customer = n.customer"""
 
 _REMAINING: Final = """
@@ -69,6 +70,24 @@ _SETTLED: Final = """
 INSERT INTO account_periods AS p (tenant, customer, period_start, settled)
 SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[])
 ON CONFLICT (tenant, customer, period_start) DO UPDATE SET settled = p.settled + excluded.settled"""
+
+_HOLDS: Final = """
+SELECT h.tenant, h.customer, h.id, h.state, h.amount, h.remaining, h.expires_ms, h.changed_ms
+FROM holds h JOIN unnest($1::text[], $2::text[], $3::text[]) AS n (tenant, customer, id) USING (tenant, customer, id)"""
+
+_MOVES: Final = """
+SELECT m.tenant, m.customer, m.epoch, m.sequence
+FROM hold_moves m
+     JOIN unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[]) AS n (tenant, customer, epoch, sequence)
+     USING (tenant, customer, epoch, sequence)"""
+
+_STANDING: Final = """
+INSERT INTO holds AS h (tenant, customer, id, state, amount, remaining, expires_ms, changed_ms)
+SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::smallint[], $5::bigint[], $6::bigint[], $7::bigint[],
+                     $8::bigint[])
+ON CONFLICT (tenant, customer, id) DO UPDATE
+SET state = excluded.state, amount = excluded.amount, remaining = excluded.remaining, expires_ms = excluded.expires_ms,
+    changed_ms = excluded.changed_ms"""
 
 _UNITS: Final = """
 INSERT INTO meters AS m (tenant, customer, period_start, meter, quantity, amount)
@@ -116,6 +135,7 @@ class Bookkeeper:
             await self._names(connection, batch),
             await self._expired(connection, batch),
             await resumed.read(connection, [p.record for p in batch if isinstance(p.record, Rolled)]),
+            *await _holds(connection, [change for p in batch if (change := moved(p.record))]),
         )
 
     async def _expired(self, connection: Connection, batch: Sequence[Posted]) -> dict[int, Expired]:
@@ -188,6 +208,19 @@ async def _transactions(connection: Connection, batch: Sequence[Posted]) -> set[
     }
 
 
+async def _holds(
+    connection: Connection, moves: Sequence[Moved]
+) -> tuple[dict[HoldName, HoldRow], set[tuple[str, str, int, int]]]:
+    """How the holds that a batch names stand, and which of its records are known."""
+    if not moves:
+        return {}, set()
+    names = sorted({name_of(record) for record in moves})
+    rows = await connection.fetch(_HOLDS, *_columns(names))
+    places = sorted({(record.tenant, record.customer, record.epoch, record.sequence) for record in moves})
+    known = await connection.fetch(_MOVES, *_columns(places))
+    return {(row[0], row[1], row[2]): HoldRow(State(row[3]), *row[4:]) for row in rows}, {tuple(row) for row in known}
+
+
 async def _write_rows(connection: Connection, rows: books.Books) -> None:
     for table, columns, records in (
         ("usage_events", books.EVENTS, rows.events),
@@ -195,6 +228,7 @@ async def _write_rows(connection: Connection, rows: books.Books) -> None:
         ("entries", books.ENTRIES, rows.entries),
         ("outbox", books.OUTBOX, rows.outbox),
         ("ended_periods", books.ENDED, rows.ended),
+        ("hold_moves", books.MOVES, rows.moves),
     ):
         if records:
             await connection.copy_records_to_table(table, records=records, columns=columns)
@@ -210,6 +244,8 @@ async def _move(connection: Connection, settlement: Settlement) -> None:
         await connection.execute(_BROKEN, *_columns(sorted(rows.broken.items())))
     if rows.settled:
         await connection.execute(_SETTLED, *_columns((*key, nanos) for key, nanos in sorted(rows.settled.items())))
+    if rows.holds:
+        await connection.execute(_STANDING, *_columns(_standing(rows.holds)))
     if rows.units:
         await connection.execute(_UNITS, *_columns((*key, *both) for key, both in sorted(rows.units.items())))
     if settlement.confirmed:
@@ -220,10 +256,17 @@ async def _move(connection: Connection, settlement: Settlement) -> None:
         await connection.execute(_POSITIONS, *_columns(map(_row, settlement.touched)))
 
 
+def _standing(holds: Mapping[HoldName, HoldRow]) -> list[tuple[object, ...]]:
+    return [
+        (*name, int(row.state), row.amount, row.remaining, row.expires_ms, row.changed_ms)
+        for name, row in sorted(holds.items())
+    ]
+
+
 def _row(p: Position) -> tuple[object, ...]:
     return (
         *(p.tenant, p.customer, p.epoch, p.sequence, p.applied, p.overage, p.period_start, p.period_end, p.allowance),
-        *(p.crossed, p.crossings, p.gaps),
+        *(p.crossed, p.crossings, p.gaps, p.held),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 
 from entitlement.journal import Consumed, Header, Rolled
+from ledger_sync.hold_books import HoldName, HoldRow, Moved, name_of
 from ledger_sync.posting import Booking, Posted
 
 Who = tuple[str, str]  # tenant, customer
@@ -32,6 +33,7 @@ TRANSACTIONS: Final = (
 )
 ENTRIES: Final = ("transaction_id", "line", "account", "grant_no", "amount", "credit_type")
 ENDED: Final = ("tenant", "customer", "period_start", "period_end", "next_start", "overage", "epoch", "sequence")
+MOVES: Final = ("tenant", "customer", "epoch", "sequence", "hold", "amount", "recorded_at", "record")
 OUTBOX: Final = ("event_id", "tenant", "customer", "type", "body")
 
 
@@ -51,6 +53,7 @@ class Position(msgspec.Struct):
     crossed: str
     crossings: int
     gaps: int
+    held: int = 0
 
     @property
     def who(self) -> Who:
@@ -71,6 +74,8 @@ class Books:
         self.units: dict[tuple[str, str, int, str], list[int]] = {}  # of each account, period, meter: and nanos
         self.broken: dict[int, int] = {}  # of each grant
         self.ended: list[tuple[object, ...]] = []
+        self.moves: list[tuple[object, ...]] = []
+        self.holds: dict[HoldName, HoldRow] = {}
 
     def next_id(self) -> int:
         return next(self._ids)
@@ -128,6 +133,13 @@ class Books:
                 *(record.closed_overage, record.epoch, record.sequence),
             )
         )
+
+    def move(self, position: Position, posted: Posted, record: Moved, row: HoldRow, amount: int) -> None:
+        """What a record did to a hold, for ever, and how the hold stands after it."""
+        position.held += amount
+        self.holds[name_of(record)] = row
+        place = (record.tenant, record.customer, record.epoch, record.sequence)
+        self.moves.append((*place, record.hold, amount, posted.recorded_at, posted.arrival.data))
 
     def publish(self, event_id: str, record: Header, kind: str, body: bytes) -> None:
         self.outbox.append((event_id, record.tenant, record.customer, kind, body))

@@ -38,6 +38,19 @@ FROM accounts a LEFT JOIN (
 ) s ON s.customer = a.customer
 WHERE a.tenant = $1 AND ($2 = '' OR a.customer = $2) AND a.overage <> -coalesce(s.amount, 0)"""
 
+# What is set aside is what holds have moved, and what the open ones have left.
+_HELD: Final = """
+SELECT a.customer, 'held' AS part, a.held AS projected, coalesce(m.amount, 0)::bigint AS entries
+FROM accounts a LEFT JOIN (SELECT customer, sum(amount) AS amount FROM hold_moves
+                           WHERE tenant = $1 AND ($2 = '' OR customer = $2) GROUP BY customer) m USING (customer)
+WHERE a.tenant = $1 AND ($2 = '' OR a.customer = $2) AND a.held <> coalesce(m.amount, 0)
+UNION ALL
+SELECT a.customer, 'holds' AS part, coalesce(h.remaining, 0)::bigint AS projected, a.held AS entries
+FROM accounts a LEFT JOIN (SELECT customer, sum(remaining) AS remaining FROM holds
+                           WHERE tenant = $1 AND ($2 = '' OR customer = $2) AND state = 1 GROUP BY customer) h
+     USING (customer)
+WHERE a.tenant = $1 AND ($2 = '' OR a.customer = $2) AND a.held <> coalesce(h.remaining, 0)"""
+
 _SETTLED: Final = """
 SELECT customer, 'settled:' || period_start AS part, coalesce(p.settled, 0) AS projected,
        coalesce(s.amount, 0)::bigint AS entries
@@ -96,6 +109,7 @@ _REPAIRS: Final = {
     "grant": "UPDATE grant_balances SET remaining = $1 WHERE grant_no = $2",
     "broken": "UPDATE grant_balances SET broken = $1 WHERE grant_no = $2",
     "overage": "UPDATE accounts SET overage = $1 WHERE tenant = $2 AND customer = $3",
+    "held": "UPDATE accounts SET held = $1 WHERE tenant = $2 AND customer = $3",
     "settled": """INSERT INTO account_periods (settled, tenant, customer, period_start) VALUES ($1, $2, $3, $4)
                   ON CONFLICT (tenant, customer, period_start) DO UPDATE SET settled = $1""",
 }
@@ -133,7 +147,7 @@ async def totals(connection: Connection, tenant: str, customer: str) -> Totals:
 async def mismatches(connection: Connection, tenant: str, customer: str) -> list[Mismatch]:
     """Of one customer, or of all ('')."""
     found = []
-    for query in (_GRANTS, _BROKEN, _METERS, _OVERAGE, _SETTLED, _REVENUE):
+    for query in (_GRANTS, _BROKEN, _METERS, _OVERAGE, _HELD, _SETTLED, _REVENUE):
         for row in await connection.fetch(query, tenant, customer):
             found.append(Mismatch(row["customer"], row["part"], row["projected"], row["entries"]))
     return found

@@ -21,6 +21,7 @@ from ledger_sync.dead_letters import DeadLetterStore
 from ledger_sync.expiry import Expiry
 from ledger_sync.gate_denials import GateDenials
 from ledger_sync.grants import GrantStore
+from ledger_sync.hold_expiry import HoldExpiry
 from ledger_sync.hot_store import HotStore
 from ledger_sync.install import Installer, Settled
 from ledger_sync.invoices import InvoiceStore
@@ -95,6 +96,7 @@ class ControlPlane:
         """What becomes due by the clock, in the order in which it is tended."""
         return {
             "denials": GateDenials(self._ledger, self.hot),
+            "holds": HoldExpiry(self.hot),
             "contracts": self.contracts,
             "expiry": Expiry(self._ledger, self.hot, self._settled),
             "allotments": Allotments(self._ledger),

@@ -46,6 +46,7 @@ class Books(msgspec.Struct):
     # Booked from journal records after the hot account's sequence, or decided after its version:
     late_grants: dict[int, int] = {}
     late_overage: int = 0
+    late_held: int = 0
     late_settled: int = 0
     late_meters: dict[str, int] = {}
 
@@ -102,6 +103,7 @@ def _now(books: Books) -> dict[str, int]:
 def _at(account: Account, books: Books) -> dict[str, int]:
     parts = _now(books)
     parts[OVERAGE] -= books.late_overage
+    parts[HELD] -= books.late_held
     parts[SETTLED] -= books.late_settled
     _take(parts, GRANT, books.late_grants)
     _take(parts, METER, books.late_meters)

@@ -23,11 +23,13 @@ from entitlement.account import FROZEN, MISSING, Account, place_in
 from entitlement.catalog import Catalogs, Policy
 from entitlement.decision import Charge, Consume, Limits, consume_arguments, consume_keys
 from entitlement.errors import Unavailable
+from entitlement.holding import Closing, close_arguments, close_keys, hold_key
 from entitlement.identity import is_id
 from entitlement.opening import Opening, Server, server_of
 from ledger_sync import hot_deltas
 from ledger_sync import lua as own
 from ledger_sync.drift import Place
+from ledger_sync.hold_rows import Standing
 
 CHUNK: Final = 500  # commands in one pipeline
 OPEN_MS: Final = 2_000  # how long an opening may be under way
@@ -130,6 +132,51 @@ class HotStore:
                     for name, digest, value in wanted[first : first + CHUNK]:
                         pipeline.set(keys.idempotency(self.partition(name), digest), value, px=for_ms, nx=True)
                     await pipeline.execute()
+
+    async def put_holds(self, holds: Iterable[Standing], remember_ms: int) -> None:
+        """Writes holds as they shall stand in accounts that are about to be installed; nothing stays of what was there
+        under their names. Those that have ended are remembered as long as a key.
+        """
+        wanted = list(holds)
+        async with _translated():
+            for first in range(0, len(wanted), CHUNK):
+                async with self._client.pipeline(transaction=True) as pipeline:
+                    for hold in wanted[first : first + CHUNK]:
+                        partition = self.partition(hold.name)
+                        key, member = hold_key(*hold.name, hold.id, partition), " ".join((*hold.name, hold.id))
+                        pipeline.delete(key)
+                        pipeline.hset(key, mapping=hold.fields)
+                        if hold.expires_ms:
+                            pipeline.zadd(keys.holds(partition), {member: hold.expires_ms})
+                        else:
+                            pipeline.pexpire(key, remember_ms)
+                    await pipeline.execute()
+
+    async def expiring(self, now_ms: int, most: int) -> list[tuple[Name, str]]:
+        """Holds whose time is over: whose, and which. At most so many of each partition."""
+        async with _translated(), self._client.pipeline(transaction=False) as pipeline:
+            for partition in range(self.partitions):
+                pipeline.zrange(keys.holds(partition), "-inf", now_ms, byscore=True, offset=0, num=most)  # type: ignore[arg-type]
+            replies = await pipeline.execute()
+        words = [_text(member).split(" ") for members in replies for member in members]
+        return [((tenant, customer), hold) for tenant, customer, hold in words]
+
+    async def expire(self, holds: Sequence[tuple[Name, str]], limits: Limits) -> list[str]:
+        """Ends holds whose time is over; what close.lua returned for each, as its first word."""
+        calls = []
+        for (tenant, customer), hold in holds:
+            closing = Closing(tenant, customer, hold, "E")
+            partition = self.partition((tenant, customer))
+            calls.append(Call(close_keys(closing, partition), close_arguments(closing, limits)))
+        replies = await self._run(lua.script("close"), calls)
+        return [_bytes(reply)[:9].decode("latin-1") for reply in replies]
+
+    async def forget_holds(self, holds: Iterable[tuple[Name, str]]) -> None:
+        """Takes holds out of the index: nothing of them is set aside."""
+        async with _translated(), self._client.pipeline(transaction=False) as pipeline:
+            for name, hold in holds:
+                pipeline.zrem(keys.holds(self.partition(name)), " ".join((*name, hold)))
+            await pipeline.execute()
 
     async def apply(self, deltas: Iterable[tuple[Name, hot_deltas.Delta]]) -> list[str]:
         """Runs apply_delta.lua for each, in the order given; what the script returned, as text."""

@@ -175,6 +175,8 @@ class Installer:
         try:
             # Before the account: a key that is known is never charged again, whatever becomes of this install.
             await self._hot.remember(prepared.answers, self._remember_ms)
+            # And its holds: they count for nothing until the account is there, and are of no other install.
+            await self._hot.put_holds(prepared.holds, self._remember_ms)
             results = await self._hot.install(prepared.ready, now_ms + UNTIL_MS)
         except Unavailable as error:
             self._later(names, UNTIL_MS / 1000, error)

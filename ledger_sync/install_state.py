@@ -14,6 +14,7 @@ from ledger_sync import changes, hot_deltas, remembered
 from ledger_sync.accounts import Corrections, Credit, Ledgered, Name, assemble
 from ledger_sync.changes import Entry, Transaction
 from ledger_sync.contracts import quotas_of
+from ledger_sync.hold_rows import Standing, holds_of, open_holds
 from ledger_sync.posting import BREAKAGE, Expired, restored
 from ledger_sync.posting import Entry as Line
 from ledger_sync.quota_usage import used_now
@@ -32,6 +33,7 @@ class Prepared(msgspec.Struct, frozen=True):
     unsettled: list[Name]
     missing: list[Name]
     answers: list[tuple[Name, bytes, bytes]] = []  # to keys settled lately: whose, digest, fingerprint and answer
+    holds: list[Standing] = []  # those that are open, and those that have ended lately
 
 
 async def prepare(connection: Connection, names: Sequence[Name], now_ms: int, *, settled: bool) -> Prepared:
@@ -53,7 +55,8 @@ async def prepare(connection: Connection, names: Sequence[Name], now_ms: int, *,
     await _advance(connection, {name: account for name, (account, _) in built.items()})
     ready = [(name, account) for name, (account, _) in built.items()]
     before = {name: account for name, account in ready if chosen[name].was_hot}
-    return Prepared(ready, unsettled, missing, await remembered.answers(connection, before, now_ms))
+    standing = await holds_of(connection, before, now_ms)
+    return Prepared(ready, unsettled, missing, await remembered.answers(connection, before, now_ms), standing)
 
 
 _NAMES: Final = "(SELECT * FROM unnest($1::text[], $2::text[]))"
@@ -109,6 +112,8 @@ async def _read(connection: Connection, accounts: Mapping[Name, Ledgered], now_m
 async def _read_history(connection: Connection, accounts: Mapping[Name, Ledgered], now_ms: int) -> None:
     for row in await _rows(connection, _SETTLED, accounts):
         accounts[row["tenant"], row["customer"]].settled = row["settled"]
+    for name, hold in await open_holds(connection, list(accounts)):
+        accounts[name].holds.append(hold)
     for row in await _rows(connection, _PENDING, accounts):
         accounts[row["tenant"], row["customer"]].pending.append(hot_deltas.parse(row["body"]))
     listed = list(accounts.values())

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from entitlement.journal import Adjusted, Consumed, Record
+from entitlement.journal import Adjusted, Consumed, Ended, Held, Record, Rolled
 from ledger_sync import hot_deltas, quarantine, verify_reads
 from ledger_sync.books import Who
+from ledger_sync.hold_books import moved
 from ledger_sync.hot_deltas import Change
 from ledger_sync.posting import Posted, Reason, changes, close_key, delta_key
 from ledger_sync.quarantine import Kept
@@ -131,6 +132,12 @@ async def is_booked(connection: Connection, record: Record) -> bool:
     if isinstance(record, Consumed):
         row = await connection.fetchrow(_EVENT, record.tenant, quarantine.request_of(record).idempotency_key)
         return row is not None and _is_of(row["customer"], row["epoch"], row["sequence"], record)
+    if isinstance(record, Held | Ended):
+        known: bool = await connection.fetchval(
+            "SELECT EXISTS (SELECT 1 FROM hold_moves WHERE (tenant, customer, epoch, sequence) = ($1, $2, $3, $4))",
+            *(record.tenant, record.customer, record.epoch, record.sequence),
+        )
+        return known
     key = delta_key(record) if isinstance(record, Adjusted) else close_key(record)
     found: bool = await connection.fetchval(
         "SELECT EXISTS (SELECT 1 FROM transactions WHERE tenant = $1 AND idempotency_key = $2 AND kind <> 'consume')",
@@ -143,10 +150,13 @@ def _is_of(customer: str, epoch: int, sequence: int, record: Record) -> bool:
     return (customer, epoch, sequence) == (record.customer, record.epoch, record.sequence)
 
 
-def undone(record: Record, period_start: int) -> Change:
-    """What takes back from the hot account what the record says it has done."""
+def undone(record: Record, period_start: int) -> Change | None:
+    """What takes back from the hot account what the record says it has done; None: no change can."""
+    if moved(record):
+        return None
     if isinstance(record, Consumed):
         return hot_deltas.compensation(record, period_start, quarantine.request_of(record).subject)
+    assert isinstance(record, Rolled | Adjusted), "the others change holds"
     burns = (*record.removed, *record.reclassed, *record.repaid) if isinstance(record, Adjusted) else ()
     grants: dict[int, int] = {}
     overage = 0

@@ -13,8 +13,8 @@ from google.protobuf.message import DecodeError
 
 from entitlement.errors import CorruptRecord, InvalidArgument
 from entitlement.identity import check_name, check_value, fingerprint, is_id
-from entitlement.journal import OVERAGE, Adjusted, Burn, Consumed, Record, Rolled, decode
-from entitlement.v1.gateway_pb2 import CheckAndConsumeRequest, Usage
+from entitlement.journal import OVERAGE, Adjusted, Burn, Consumed, Ended, Held, Record, Rolled, Settled, decode
+from entitlement.v1.gateway_pb2 import MODE_ADJUST_ONLY, CheckAndConsumeRequest, SettleRequest, Usage
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -97,7 +97,9 @@ def read(arrival: Arrival) -> Posted | Rejected:
         return Rejected(arrival, Reason.UNDECODABLE, str(error))
     try:
         recorded_at = timestamp(record.recorded_ms)
-        if type(record) is not Consumed:
+        if isinstance(record, Held | Ended):
+            _check_ids(record.tenant, record.customer, record.subject, record.hold)
+        if not isinstance(record, Consumed):
             return Posted(arrival, record, recorded_at)
         return _read_consumed(arrival, record, recorded_at)
     except (InvalidArgument, DecodeError, OverflowError) as error:
@@ -106,7 +108,7 @@ def read(arrival: Arrival) -> Posted | Rejected:
 
 def _read_consumed(arrival: Arrival, record: Consumed, recorded_at: datetime) -> Posted:
     payload = record.request
-    request = CheckAndConsumeRequest.FromString(payload)
+    request = asked(record)
     key, subject = request.idempotency_key, request.subject
     if not is_id(key) or request.customer != record.customer:
         raise InvalidArgument("request", "its key is not an id, or its customer is not the record's")
@@ -118,6 +120,25 @@ def _read_consumed(arrival: Arrival, record: Consumed, recorded_at: datetime) ->
     same = record.event_ms == record.recorded_ms
     event_at = recorded_at if same else timestamp(record.event_ms)
     return Posted(arrival, record, recorded_at, event_at, key, subject, lines, fingerprint(payload))
+
+
+def asked(record: Consumed) -> CheckAndConsumeRequest:
+    """The call that a consumption answers; of what was used of a hold, the call that would have charged the same.
+    Raises DecodeError.
+    """
+    if not isinstance(record, Settled):
+        return CheckAndConsumeRequest.FromString(record.request)
+    report = SettleRequest.FromString(record.request)
+    request = CheckAndConsumeRequest(
+        idempotency_key=report.idempotency_key,
+        customer=report.customer,
+        subject=record.subject,
+        usage=report.usage,
+        mode=MODE_ADJUST_ONLY,
+    )
+    if report.HasField("event_time"):
+        request.event_time.CopyFrom(report.event_time)
+    return request
 
 
 @lru_cache(maxsize=65_536)

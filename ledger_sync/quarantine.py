@@ -18,7 +18,7 @@ from entitlement.journal import Consumed, decode
 from entitlement.quantity import MAX_NANOS
 from entitlement.v1 import ledger_pb2 as pb
 from entitlement.v1.gateway_pb2 import CheckAndConsumeRequest
-from ledger_sync.posting import Arrival, Posted, Reason, Rejected
+from ledger_sync.posting import Arrival, Posted, Reason, Rejected, asked
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Connection, Row
@@ -135,7 +135,7 @@ def message(item: Kept) -> pb.QuarantinedRecord:
 def request_of(record: Consumed) -> CheckAndConsumeRequest:
     """The request that a consumption answers; empty, if it cannot be read."""
     try:
-        request = CheckAndConsumeRequest.FromString(record.request)
+        request = asked(record)
     except DecodeError:
         return CheckAndConsumeRequest()
     return request if is_id(request.idempotency_key) else CheckAndConsumeRequest()

@@ -17,7 +17,7 @@ import structlog
 
 from entitlement.account import Account
 from ledger_sync import changes, completeness, conservation, drift, hot_deltas, verify_reads
-from ledger_sync.drift import PLACE, Difference, Place
+from ledger_sync.drift import HELD, PLACE, Difference, Place
 from ledger_sync.hot_store import HotStore
 from ledger_sync.install import rebuild
 from ledger_sync.pusher import Pusher
@@ -217,14 +217,16 @@ class Reconciler:
             await asyncio.sleep(POLL_S)
 
     async def _repair(self, seen: _Seen, found: list[Difference], actor: str) -> None:
-        """By a ledger change. What has lost records, or has grants that no change can name, is built anew."""
+        """By a ledger change. What has lost records, or has holds or grants that no change can name, is built anew."""
         text = "; ".join(f"{item.part} hot {item.hot} ledger {item.ledger}" for item in found)
         name = (self._tenant, seen.customer)
         change = drift.repair(found, seen.account.period_start)
         async with self._ledger.transaction() as connection:
             account = await changes.lock(connection, *name)
             known = await verify_reads.grants_of(connection, *name)
-            anew = any(item.part == PLACE for item in found) or not known.issuperset(no for no, _ in change.grants)
+            anew = any(item.part in (PLACE, HELD) for item in found) or not known.issuperset(
+                no for no, _ in change.grants
+            )
             if anew:
                 await changes.audit(connection, self._tenant, actor, "Rebuild", seen.customer, text)
             elif await verify_reads.repaired(connection, *name, seen.account.version):

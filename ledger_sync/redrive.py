@@ -207,7 +207,7 @@ class Redriver:
         await passed_over.pass_by(connection, place, record)
         await passed_over.close_gap(connection, place, item, record)
         change = passed_over.undone(record, place.period_start)
-        if not await passed_over.knows_grants(connection, record, change):
+        if change is None or not await passed_over.knows_grants(connection, record, change):
             return True
         await hot_deltas.decide(connection, record.tenant, record.customer, change)
         return False

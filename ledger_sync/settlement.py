@@ -10,8 +10,9 @@ from operator import attrgetter
 
 import msgspec
 
-from entitlement.journal import Adjusted, Consumed, Crossing, Record, Rolled
+from entitlement.journal import Adjusted, Consumed, Crossing, Ended, Held, Record, Rolled
 from ledger_sync.books import Books, Position, Who
+from ledger_sync.hold_books import HoldName, HoldRow, Moved, State, effect, follow, moved, name_of
 from ledger_sync.hot_deltas import Change, compensation
 from ledger_sync.posting import (
     Booking,
@@ -51,6 +52,8 @@ class Known(msgspec.Struct):
     grants: Mapping[int, tuple[Who, str]]  # number -> whose, id
     expired: dict[int, Expired] = {}  # of the grants that have something broken
     resumed: Mapping[Cycle, Change] = {}  # what the hot account lacks on a page that it turns to once more
+    holds: dict[HoldName, HoldRow] = {}
+    moves: set[tuple[str, str, int, int]] = set()  # by place, of the records that change holds
 
 
 class Gap(msgspec.Struct, frozen=True):
@@ -116,8 +119,10 @@ class Settlement:
                 self._reject(posted, Reason.REFUSED, refused)
             elif isinstance(record, Consumed):
                 self._consumed(position, posted, record, ahead)
-            else:
+            elif isinstance(record, Rolled | Adjusted):
                 self._changed(position, posted, record, ahead)
+            if not refused and (change := moved(record)):
+                self._move(position, posted, change)
         except KeyError as error:
             self._reject(posted, Reason.UNKNOWN_GRANT, f"{record.customer!r} has no grant number {error}")
         except (ValueError, OverflowError) as error:
@@ -136,6 +141,23 @@ class Settlement:
             self.outcome.repeated += 1
         else:
             self._charged_before(position, posted, record, earlier)
+
+    def _move(self, position: Position, posted: Posted, record: Moved) -> None:
+        """What a record does to its hold. The hold of an earlier install is gone from the hot account: it counts as
+        expired, and what is used of it is charged by itself.
+        """
+        place = (record.tenant, record.customer, record.epoch, record.sequence)
+        if place in self._known.moves:
+            self.outcome.repeated += not isinstance(record, Consumed)
+            return
+        self._known.moves.add(place)
+        row = self._known.holds.get(name_of(record))
+        if record.epoch >= position.epoch:
+            row, amount = follow(row, record), effect(record)
+        else:
+            row, amount = row or HoldRow(State.EXPIRED, changed_ms=record.recorded_ms), 0
+        self._known.holds[name_of(record)] = row
+        self.books.move(position, posted, record, row, amount)
 
     def _book(self, position: Position, posted: Posted, record: Consumed) -> None:
         entries = consume_entries(posted, record, self._names)
@@ -218,7 +240,10 @@ class Settlement:
         if record.sequence != position.sequence + 1:
             position.gaps += 1
             self.outcome.gaps.append(Gap(*position.who, position.sequence, record.sequence))
-        position.epoch, position.sequence, position.allowance = record.epoch, record.sequence, record.allowance
+        position.epoch, position.sequence = record.epoch, record.sequence
+        if isinstance(record, Held | Ended):
+            return
+        position.allowance = record.allowance
         if isinstance(record, Rolled):
             self.books.ended_period(position, record)
             self._resume(position, record)

@@ -14,7 +14,7 @@ from entitlement.journal import Consumed, decode
 from entitlement.quantity import format_amount
 from entitlement.rating import Model, Rate
 from entitlement.v1 import gateway_pb2, ledger_pb2
-from ledger_sync.posting import timestamp
+from ledger_sync.posting import asked, timestamp
 from ledger_sync.refusals import NotFound
 from ledger_sync.translate import Page, page_token
 
@@ -83,7 +83,7 @@ class TransactionStore:
             invoice: str | None = await connection.fetchval(
                 _INVOICE, self._tenant, record.customer, record.period_start
             )
-        event = gateway_pb2.CheckAndConsumeRequest.FromString(record.request)
+        event = asked(record)
         return ledger_pb2.Explanation(
             event=event,
             decision=_decision(record, event),

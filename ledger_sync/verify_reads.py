@@ -67,6 +67,14 @@ FROM usage_events u JOIN unnest($2::text[], $3::bigint[], $4::bigint[]) AS w (cu
 WHERE u.tenant = $1 AND u.sequence > w.sequence AND u.epoch >= w.epoch"""
 
 
+_LATE_MOVES: Final = """
+SELECT m.customer, sum(m.amount)::bigint AS amount
+FROM hold_moves m JOIN unnest($2::text[], $3::bigint[], $4::bigint[]) AS w (customer, sequence, epoch)
+     ON w.customer = m.customer
+WHERE m.tenant = $1 AND m.sequence > w.sequence AND m.epoch >= w.epoch
+GROUP BY m.customer"""
+
+
 async def places(connection: Connection, tenant: str, customers: Sequence[str]) -> dict[str, Place]:
     """How far each account's journal is settled, and which ledger changes the journal has confirmed."""
     rows = await connection.fetch(_PLACES, tenant, list(customers))
@@ -139,11 +147,10 @@ async def _read_late(
     moved = {name: account for name, account in accounts.items() if found[name].place.sequence > account.sequence}
     if not moved:
         return
-    events = await connection.fetch(
-        _LATE_EVENTS,
-        *(tenant, list(moved), [account.sequence for account in moved.values()]),
-        [account.epoch for account in moved.values()],
-    )
+    since = [account.sequence for account in moved.values()], [account.epoch for account in moved.values()]
+    for row in await connection.fetch(_LATE_MOVES, tenant, list(moved), *since):
+        found[row["customer"]].late_held = row["amount"]
+    events = await connection.fetch(_LATE_EVENTS, tenant, list(moved), *since)
     for row in events:
         if row["period_start"] == moved[row["customer"]].period_start:
             _late_event(found[row["customer"]], row)
