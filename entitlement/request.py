@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from google.protobuf.message import DecodeError
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from entitlement.decision import Consume, Line, Mode, Shape
 from entitlement.errors import InvalidArgument
@@ -14,6 +18,16 @@ MAX_REQUEST_BYTES = 16_384
 MAX_BATCH = 1_000
 MAX_REMEMBERED_SHAPES = 16_384  # distinct usage lines, but for their quantity, whose check is remembered
 MAX_SECONDS = 253_402_300_799  # 9999-12-31T23:59:59Z, protobuf's own bound
+
+Usages = Sequence[pb.Usage]
+
+
+class WithUsage(Protocol):
+    """A message with usage lines."""
+
+    @property
+    def usage(self) -> Usages: ...
+
 
 _MODES = {0: Mode.NORMAL, 1: Mode.NORMAL, 2: Mode.BEST_EFFORT, 3: Mode.CHECK_ONLY, 4: Mode.ADJUST_ONLY}
 _KEY, _CUSTOMER, _SUBJECT, _USAGE, _MODE = b"\x0a\x12\x1a\x22\x30"  # tags of the request
@@ -135,11 +149,11 @@ def parse_consume(tenant: str, request: pb.CheckAndConsumeRequest) -> Consume:
     payload = request.SerializeToString(deterministic=True)
     if len(payload) > MAX_REQUEST_BYTES:
         raise InvalidArgument("request", f"has {len(payload)} bytes; expected at most {MAX_REQUEST_BYTES}")
-    event_ms = _event_ms(request) if request.HasField("event_time") else 0
+    event_ms = event_ms_of(request.event_time) if request.HasField("event_time") else 0
     return Consume(tenant, customer, subject, key, mode, event_ms, parse_lines(request, mode), payload)
 
 
-def parse_lines(request: pb.CheckAndConsumeRequest, mode: Mode) -> tuple[Line, ...]:
+def parse_lines(request: WithUsage, mode: Mode) -> tuple[Line, ...]:
     """The usage lines, checked. A call that may consume has at least one quantity above zero."""
     usage = request.usage
     if not 1 <= len(usage) <= MAX_LINES:
@@ -183,8 +197,9 @@ def _shape(encoded: bytes) -> Shape:
     return shape
 
 
-def _event_ms(request: pb.CheckAndConsumeRequest) -> int:
-    seconds, nanos = request.event_time.seconds, request.event_time.nanos
+def event_ms_of(time: Timestamp) -> int:
+    """Raises InvalidArgument."""
+    seconds, nanos = time.seconds, time.nanos
     if not 0 < seconds <= MAX_SECONDS:
         raise InvalidArgument("event_time.seconds", f"{seconds} is outside 1..{MAX_SECONDS}")
     if not 0 <= nanos <= 999_999_999:

@@ -140,7 +140,7 @@ class Admission:
                     self._catalog.learn(request, outcome)
                     plan = outcome.plan
                 case Mismatch() | OutOfTime() | OutOfRange():
-                    raise _refusal(request, outcome)
+                    raise refusal(request, outcome)
             outcome = await self._store.consume(request, self._catalog.price(request, plan))
         if isinstance(outcome, Decision):
             return outcome
@@ -153,7 +153,8 @@ def _merged(
     return [outcome if isinstance(outcome, Decision) else found[index] for index, outcome in enumerate(outcomes)]
 
 
-def _refusal(request: Consume, outcome: Mismatch | OutOfTime | OutOfRange) -> IdempotencyMismatch | InvalidArgument:
+def refusal(request: Consume, outcome: Mismatch | OutOfTime | OutOfRange) -> IdempotencyMismatch | InvalidArgument:
+    """What a caller is told of a call that was not decided."""
     match outcome:
         case Mismatch():
             _log.warning("idempotency_mismatch", tenant=request.tenant, customer=request.customer, key=request.key)

@@ -96,6 +96,34 @@ def response(request: Consume, decision: Decision, values: Mapping[str, str]) ->
     return answer
 
 
+def consumed_of(request: Consume, decision: Decision, values: Mapping[str, str]) -> list[pb.Consumed]:
+    """What was charged or set aside, line by line."""
+    return [
+        pb.Consumed(
+            feature=line.feature,
+            quantity=charged.quantity,
+            amount_nanos=charged.amount,
+            rate_card_version=decision.rate_version,
+            value=values.get(line.feature, ""),
+        )
+        for line, charged in zip(request.lines, decision.charged, strict=False)
+    ]
+
+
+def balance_of(decision: Decision) -> pb.Balance:
+    return pb.Balance(
+        credit_type=decision.credit_type,
+        available_nanos=decision.available,
+        held_nanos=decision.held,
+        settled_nanos=decision.settled,
+        overage_nanos=decision.overage,
+        gate_nanos=decision.gate,
+        quotas=[_quota(quota) for quota in decision.quotas],
+        epoch=decision.epoch,
+        sequence=decision.sequence,
+    )
+
+
 def balance_response(account: Account, now_ms: int, subject: str = "") -> pb.GetBalanceResponse:
     quotas = [_state(quota.at(now_ms)) for _, quota in sorted(account.quotas.items())]
     balance = pb.Balance(

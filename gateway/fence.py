@@ -26,9 +26,10 @@ from entitlement.decision import (
     parse_outcome,
 )
 from entitlement.errors import CorruptRecord, Unavailable
+from entitlement.holding import Kept, NoHold, Settle, parse_reserved, parse_settled
 from entitlement.lua import script
 from entitlement.opening import Opening, Server, read_info
-from entitlement.receipt import Granted, parse, replay_arguments, replay_keys
+from entitlement.receipt import Granted, HoldReceipt, hold_replay, parse, replay_arguments, replay_keys
 from gateway.receipts import Receipts
 from gateway.receipts.folder import Segment
 from gateway.store.connection import Connection, Reply, StoreError, pack
@@ -49,6 +50,7 @@ class _Call(msgspec.Struct):
     name: tuple[str, str]
     command: bytes
     granted: Granted | None = None
+    hold: HoldReceipt | None = None
 
 
 class _Pass(msgspec.Struct):
@@ -108,7 +110,7 @@ class Fence:
             await asyncio.sleep(LOOK_S)
 
     async def _replay(self, connection: Connection, owed: Sequence[Segment], opening: Opening) -> None:
-        for name in ("replay", "consume"):
+        for name in ("replay", "consume", "reserve", "settle"):
             await connection.call(pack("SCRIPT", "LOAD", script(name)))
         before = self._receipts.replayed
         whole = []
@@ -166,11 +168,26 @@ class Fence:
                 raise Unavailable(f"hot store: {reply}")
             state.stuck = True  # Something is wrong with this account, and the others do not wait for it.
             self._refuse(call.name[1], str(reply))
+        elif call.hold is not None and isinstance(reply, bytes):
+            self._held(call, call.hold, reply, state)
         elif call.granted is not None and isinstance(reply, bytes):
             self._settled(call, call.granted, reply, state)
         elif reply != 0:  # 0: it knew of it.
             state.refused = True
             self._refuse(call.name[1], str(reply))
+
+    def _held(self, call: _Call, receipt: HoldReceipt, reply: bytes, state: _Pass) -> None:
+        read = parse_settled if isinstance(receipt.call, Settle) else parse_reserved
+        match read(reply, receipt.call.asked):
+            case Kept(Decision(verdict=Verdict.ALLOW | Verdict.ALLOW_WITH_CAPS, replayed=known)):
+                self._receipts.replayed += not known
+            case Kept(Decision(reason=Reason.ACCOUNT_FROZEN)):
+                state.again.append(call)
+            case NoHold():  # More of a hold that is not there, or has ended: nothing was charged by it.
+                return
+            case outcome:
+                state.refused = True
+                self._refuse(call.name[1], str(outcome))
 
     def _settled(self, call: _Call, granted: Granted, reply: bytes, state: _Pass) -> None:
         outcome = parse_outcome(reply, granted.request)
@@ -198,10 +215,19 @@ class Fence:
             return None
         if isinstance(receipt, Granted):
             return self._settling(receipt)
+        if isinstance(receipt, HoldReceipt):
+            return self._holding(receipt)
         name = (receipt.request.tenant, receipt.request.customer)
         partition = keys.partition_of(*name, self._partitions)
         arguments = replay_arguments(receipt, self._limits)
         return _Call(name, pack("EVALSHA", self._replay_sha, 3, *replay_keys(receipt, partition), *arguments))
+
+    def _holding(self, receipt: HoldReceipt) -> _Call:
+        asked = receipt.call.asked
+        name = (asked.tenant, asked.customer)
+        partition = keys.partition_of(*name, self._partitions)
+        script_name, names, arguments = hold_replay(receipt, self._limits, partition)
+        return _Call(name, pack("EVALSHA", _sha(script_name), len(names), *names, *arguments), hold=receipt)
 
     def _settling(self, granted: Granted) -> _Call:
         if self._pricing.generation < 0:

@@ -14,10 +14,12 @@ from gateway.catalog import Catalog
 from gateway.degraded import Degraded
 from gateway.denials import Denials
 from gateway.fence import Fence
+from gateway.holds import Holds
 from gateway.receipts import Receipts, tend
 from gateway.settings import Settings
 from gateway.store.connection import Endpoint
 from gateway.store.control import Control
+from gateway.store.hold_store import HoldStore
 from gateway.store.redis_store import RedisStore
 from gateway.transport.grpcio import GrpcioTransport
 from gateway.transport.servicers import Servicers
@@ -53,7 +55,11 @@ class Core:
         )
         self._degraded = Degraded(self._catalog, self.receipts, lambda: self._store.comings, settings.tenant)
         self.admission = Admission(self._store, self._catalog, self._control, self._degraded, settings.max_in_flight)
-        self.servicers = Servicers(self.admission, self._store, self._control, denials, settings)
+        holds = Holds(
+            HoldStore(self._store, self.receipts, limits, settings.partitions),
+            *(self._catalog, self._control, self.admission),
+        )
+        self.servicers = Servicers(self.admission, holds, self._store, self._control, denials, settings)
 
     async def start(self) -> None:
         """Raises Unavailable when the hot store cannot be reached, InvalidArgument when receipts have no place."""

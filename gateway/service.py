@@ -6,20 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 
 from entitlement.account import Account
 from entitlement.decision import Consume, Decision
-from entitlement.errors import (
-    CorruptRecord,
-    EntitlementError,
-    IdempotencyMismatch,
-    InvalidArgument,
-    Overloaded,
-    Unavailable,
-)
+from entitlement.errors import EntitlementError, InvalidArgument
 from entitlement.identity import check_id
 from entitlement.request import decode, read_consume, split_batch
 from entitlement.v1 import gateway_pb2 as pb
@@ -27,27 +20,12 @@ from gateway.admission import Admission, Loader
 from gateway.answers import balance_response, join_batch, response, usual
 from gateway.denials import Denials
 from gateway.flow import Flow
+from gateway.refusing import Context, CustomerUnknown, refuse, status_of
 from gateway.store.protocol import HotStore, Sight
 
 MAX_STREAM_IN_FLIGHT = 1_000  # undecided requests of one stream
 WATCH_EVERY_S = 0.1
 WAIT_SEQUENCE_S = 5.0  # at most, for GetBalance(at_least_sequence); the caller's own deadline may end it sooner
-
-_STATUS: dict[type[EntitlementError], grpc.StatusCode] = {
-    InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
-    IdempotencyMismatch: grpc.StatusCode.ALREADY_EXISTS,
-    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    Unavailable: grpc.StatusCode.UNAVAILABLE,
-    CorruptRecord: grpc.StatusCode.DATA_LOSS,
-}
-
-
-class CustomerUnknown(EntitlementError):
-    """The ledger has no such customer, or it has no contract."""
-
-
-_STATUS[CustomerUnknown] = grpc.StatusCode.NOT_FOUND
-_Context = grpc.aio.ServicerContext[object, object]
 
 
 class GatewayService:
@@ -72,7 +50,7 @@ class GatewayService:
             "WatchBalance": grpc.unary_stream_rpc_method_handler(self.watch_balance, asked, balance),
         }
 
-    async def check_and_consume(self, data: bytes, context: _Context) -> bytes:
+    async def check_and_consume(self, data: bytes, context: Context) -> bytes:
         try:
             consume = read_consume(self._tenant, data)
             decision = await self._admission.admit(consume)
@@ -80,7 +58,7 @@ class GatewayService:
         except EntitlementError as error:
             await refuse(context, error)
 
-    async def check_and_consume_batch(self, data: bytes, context: _Context) -> bytes:
+    async def check_and_consume_batch(self, data: bytes, context: Context) -> bytes:
         try:
             return join_batch(await self._decide(split_batch(data)))
         except EntitlementError as error:
@@ -114,7 +92,7 @@ class GatewayService:
         except EntitlementError as error:
             return error
 
-    async def check_and_consume_stream(self, requests: AsyncIterator[bytes], context: _Context) -> None:
+    async def check_and_consume_stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
         """Answers as they are decided, matched by key. At most MAX_STREAM_IN_FLIGHT are open; then reading waits."""
         flow = Flow(self._answer, MAX_STREAM_IN_FLIGHT)
         write_all = getattr(context, "write_all", None) or partial(_write_all, context)
@@ -128,7 +106,7 @@ class GatewayService:
         except EntitlementError as error:
             return [_failed(request, error) for request in requests]
 
-    async def get_balance(self, request: pb.GetBalanceRequest, context: _Context) -> pb.GetBalanceResponse:
+    async def get_balance(self, request: pb.GetBalanceRequest, context: Context) -> pb.GetBalanceResponse:
         try:
             customer = self._asked(request)
             async with asyncio.timeout(WAIT_SEQUENCE_S):
@@ -146,7 +124,7 @@ class GatewayService:
             await refuse(context, error)
 
     async def watch_balance(
-        self, request: pb.GetBalanceRequest, context: _Context
+        self, request: pb.GetBalanceRequest, context: Context
     ) -> AsyncIterator[pb.GetBalanceResponse]:
         """The balance now, then whenever its place in the journal has moved."""
         try:
@@ -176,7 +154,7 @@ class GatewayService:
         return _as_of(sight.account, sight), sight.now_ms
 
 
-async def _write_all(context: _Context, answers: Sequence[bytes]) -> None:
+async def _write_all(context: Context, answers: Sequence[bytes]) -> None:
     for answer in answers:
         await context.write(answer)
 
@@ -188,16 +166,6 @@ def _failed(request: bytes, error: EntitlementError) -> bytes:
     except InvalidArgument:
         key = ""
     return pb.CheckAndConsumeResponse(idempotency_key=key, error=problem).SerializeToString()
-
-
-def status_of(error: EntitlementError) -> grpc.StatusCode:
-    return next((code for kind, code in _STATUS.items() if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
-
-
-async def refuse(context: _Context, error: EntitlementError) -> NoReturn:
-    """Ends the call with the status of the error's kind."""
-    await context.abort(status_of(error), str(error))
-    raise AssertionError("abort returns never")
 
 
 def _as_of(account: Account, sight: Sight) -> Account:

@@ -145,7 +145,7 @@ class HotStore:
                         partition = self.partition(hold.name)
                         key, member = hold_key(*hold.name, hold.id, partition), " ".join((*hold.name, hold.id))
                         pipeline.delete(key)
-                        pipeline.hset(key, mapping=hold.fields)
+                        pipeline.hset(key, mapping=hold.fields)  # type: ignore[arg-type]
                         if hold.expires_ms:
                             pipeline.zadd(keys.holds(partition), {member: hold.expires_ms})
                         else:
@@ -156,7 +156,7 @@ class HotStore:
         """Holds whose time is over: whose, and which. At most so many of each partition."""
         async with _translated(), self._client.pipeline(transaction=False) as pipeline:
             for partition in range(self.partitions):
-                pipeline.zrange(keys.holds(partition), "-inf", now_ms, byscore=True, offset=0, num=most)  # type: ignore[arg-type]
+                pipeline.zrange(keys.holds(partition), "-inf", now_ms, byscore=True, offset=0, num=most)
             replies = await pipeline.execute()
         words = [_text(member).split(" ") for members in replies for member in members]
         return [((tenant, customer), hold) for tenant, customer, hold in words]

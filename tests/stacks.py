@@ -45,6 +45,9 @@ OUTPUT: Final = Rate("tokens", 15_000_000_000, 999_983, (("token_type", "output"
 
 ALLOW, DENY = gateway_pb2.VERDICT_ALLOW, gateway_pb2.VERDICT_DENY
 
+CUSTOMERS: Final = 30  # of `opened`
+POOR: Final = 5  # of them: these run out
+
 OF_USAGE: Final = ("rated", "threshold.crossed", "threshold.recovered")  # types of events
 
 Answer = TypeVar("Answer")
@@ -292,3 +295,20 @@ def types_of(events: Iterable[Event]) -> list[str]:
 
 def ids_of(events: Iterable[Event]) -> Sequence[str]:
     return [str(event["id"]) for event in events]
+
+
+@asynccontextmanager
+async def opened(stack: DevStack) -> AsyncIterator[tuple[Site, list[str]]]:
+    """A look at a stack, and its customers."""
+    async with site(stack) as at:
+        rich = [await at.customer(price_of(10**6)) for _ in range(CUSTOMERS - POOR)]
+        poor = [await at.customer(price_of(20)) for _ in range(POOR)]
+        yield at, rich + poor
+
+
+async def down_and_up(stack: DevStack, name: Name) -> float:
+    """SIGKILL, and a new start through the stack. Seconds until it serves again."""
+    began = monotonic()
+    await asyncio.to_thread(stack.kill, name)
+    await asyncio.to_thread(stack.restart, name)
+    return monotonic() - began

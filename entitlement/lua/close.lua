@@ -6,7 +6,7 @@
 -- Returns as reserve.lua; '~' too when it had been done before, then with the balance of now; '!HOLD 12', '!HOLD 13';
 -- '!HOLD 15': the account is being built anew; '!LATER': it is not time yet.
 local held, what = read_hold(KEYS[2]), ARGV[1]
-if not held then return '!HOLD 12' end
+if not held then return no_hold(KEYS[1]) end
 local fields = redis.call('HMGET', KEYS[1], 'c', 'd', 'g')
 if not fields[1] or fields[1] == 'missing' then return '!NOT_LOADED' end
 if fields[1] == 'frozen' then return '!HOLD 15' end

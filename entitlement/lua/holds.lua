@@ -22,6 +22,12 @@ local function read_hold(key)
   return hold
 end
 
+-- What is said where there is no hold: it may come with its account.
+local function no_hold(account)
+  local c = redis.call('HGET', account, 'c')
+  return c == 'frozen' and '!HOLD 15' or c and '!HOLD 12' or '!NOT_LOADED'
+end
+
 local function add_line(lines, feature, units, from)
   for _, line in ipairs(lines) do
     if line.feature == feature and line.from == from then line.units = line.units + units; return end

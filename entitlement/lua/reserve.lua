@@ -32,4 +32,4 @@ if held then
     subject = held.subject
   end
 end
-if extension ~= '' and not held then return '!HOLD 12' end
+if extension ~= '' and not held then return no_hold(KEYS[1]) end

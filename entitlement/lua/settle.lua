@@ -4,7 +4,8 @@
 -- KEYS  1 account   2 idempotency record   3 journal   4 hold   5 index of holds
 -- ARGV  as for consume.lua with mode 4, then after the quantities: 1 hold id   2 '1': final   3 '1': replayed, as it was
 --       answered   4 the subject, of a replay whose hold is gone
--- Returns as consume.lua, with 1 (late) or 0 as one byte after the answer; '!HOLD 12' not found, '!HOLD 13' it has ended.
+-- Returns as consume.lua, with 1 (late) or 0 as one byte after the answer; '!HOLD 12' not found, '!HOLD 13' it has
+--       ended, '!HOLD 15' its account is being built anew.
 local stored = redis.call('GET', KEYS[2])
 if stored then
   if string.sub(stored, 1, 8) ~= ARGV[1] then return '!MISMATCH' end
@@ -17,7 +18,7 @@ local QUANTITIES = ARGS + 4 * n
 local REST = QUANTITIES + n
 local held, replay, check = read_hold(KEYS[4]), ARGV[REST + 3] == '1', false
 if not replay then
-  if not held then return '!HOLD 12' end
+  if not held then return no_hold(KEYS[1]) end
   if held.state ~= 'H' and held.state ~= 'E' then return '!HOLD 13' end
 end
 local late = held ~= nil and held.state == 'E'

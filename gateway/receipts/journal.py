@@ -102,6 +102,14 @@ class Receipts:
         price = self._price(charge) if known is None else known[1]
         return receipt.draft(request, price, self._now_ms())
 
+    def draft_hold(self, kind: int, asked: Consume, charge: Charge) -> bytes:
+        """The same for a call about a hold."""
+        if charge.durability is Durability.REDIS:
+            return b""
+        if self.problem:
+            raise Unavailable(self.problem)
+        return receipt.draft(asked, self._price(charge), self._now_ms(), kind)
+
     def keep(self, receipts: list[bytes], held: Held) -> None:
         """Makes receipts durable, then tells the futures; Unavailable if that fails. Returns at once."""
         assert self._writer is not None, "begun"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import cache, partial
 from struct import error as StructError
 from typing import NoReturn
 
@@ -54,8 +55,7 @@ class RedisStore:
         self._timeout_ms = timeout_ms
         self._jitter = jitter
         self._consume = script("consume")
-        sha = hashlib.sha1(self._consume.encode()).hexdigest()  # noqa: S324 - Redis names scripts by SHA-1
-        self._packer = Packer(sha, limits, partitions)
+        self._packer = Packer(_sha("consume"), limits, partitions)
         self._receipts = receipts
         self._fence = fence
         self._draft = receipts.draft if receipts else _no_receipt
@@ -134,6 +134,39 @@ class RedisStore:
             assert self._receipts is not None, "it has made the draft"
             await self._receipts.append(draft + reply)
         return _outcome(reply, request)
+
+    async def evaluate(
+        self,
+        name: str,
+        names: Sequence[Argument],
+        arguments: Sequence[Argument],
+        draft: bytes = b"",
+        *,
+        replicated: bool = False,
+    ) -> Reply:
+        """A script's answer; what it grants is held back until its receipt is durable, as a decision is. `replicated`:
+        until a replica has it, too. Raises Unavailable.
+        """
+        rest = (len(names), *names, *arguments)
+        if replicated:
+            copies = await self._copying()
+            send: Callable[[bytes], Awaitable[Reply]] = copies.decide
+        else:
+            connection = self._connection or self._away()
+            send = partial(connection.call, draft=draft)
+        try:
+            reply = await send(pack("EVALSHA", _sha(name), *rest))
+        except StoreError as error:
+            if not str(error).startswith("NOSCRIPT"):
+                raise Unavailable(f"hot store: {error}") from None
+            try:
+                reply = await send(pack("EVAL", script(name), *rest))
+            except StoreError as again:
+                raise Unavailable(f"hot store: {again}") from None
+        if replicated and draft and is_due(reply):
+            assert self._receipts is not None and isinstance(reply, bytes), "it has made the draft"
+            await self._receipts.append(draft + reply)
+        return reply
 
     async def _copying(self) -> Replicated:
         """The connection on which a replica is waited for: to the same Redis as the other one."""
@@ -346,6 +379,11 @@ class RedisStore:
 
 
 _WHOSE = (pack("GET", keys.OPEN), pack("INFO", "server"), pack("INFO", "replication"))
+
+
+@cache
+def _sha(name: str) -> str:
+    return hashlib.sha1(script(name).encode()).hexdigest()  # noqa: S324 - Redis names scripts by SHA-1
 
 
 def _no_receipt(request: Consume, charge: Charge) -> bytes:

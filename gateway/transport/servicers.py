@@ -14,6 +14,8 @@ from grpc_reflection.v1alpha import reflection
 from entitlement.v1 import gateway_pb2
 from gateway.admission import Admission, Loader
 from gateway.denials import Denials
+from gateway.hold_service import HoldService
+from gateway.holds import Holds
 from gateway.service import GatewayService
 from gateway.settings import Settings
 from gateway.store.protocol import HotStore
@@ -37,15 +39,22 @@ class Servicers:
     """The gateway's service, health, and reflection when the settings ask for it."""
 
     def __init__(
-        self, admission: Admission, store: HotStore, loader: Loader, denials: Denials, settings: Settings
+        self,
+        admission: Admission,
+        holds: Holds,
+        store: HotStore,
+        loader: Loader,
+        denials: Denials,
+        settings: Settings,
     ) -> None:
         self._service = GatewayService(admission, store, loader, denials, settings.tenant)
+        self._holds = HoldService(holds, denials, admission, settings.tenant)
         self._health = health.aio.HealthServicer()
         self._reflection = settings.reflection
         self._watch: asyncio.Task[None] | None = None
 
     def register(self, server: Registrar) -> None:
-        handlers = self._service.handlers()
+        handlers = self._service.handlers() | self._holds.handlers()
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         server.add_registered_method_handlers(SERVICE, handlers)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

@@ -335,6 +335,18 @@ class TestAnotherAccount:
         assert refused(bench.extend("h", (TOKENS, 1), key="e")) == NOT_FOUND
         assert decision(bench.reserve("h", (TOKENS, 100))).held == 100
 
+    def test_an_account_that_is_not_there_may_bring_its_holds(self, bench: HoldsBench) -> None:
+        for word, expected in (("frozen", Reason.ACCOUNT_FROZEN), ("missing", Reason.HOLD_NOT_FOUND), ("", None)):
+            bench.client.delete(ACCOUNT)
+            if word:
+                bench.client.hset(ACCOUNT, "c", word)
+            for outcome in (
+                bench.settle("h", (TOKENS, 1)),
+                bench.close("R", "h"),
+                bench.extend("h", (TOKENS, 1), key="e"),
+            ):
+                assert isinstance(outcome, NotLoaded) if expected is None else refused(outcome) == expected
+
     def test_a_hold_that_waits_for_its_account(self, bench: HoldsBench) -> None:
         bench.reserve("h", (TOKENS, 200))
         bench.client.hset(bench.key("h"), "e", "2")

@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
-from time import monotonic
 
 import pytest
 
 from entitlement.v1 import ledger_pb2
 from gateway.cli.stack import START_ORDER, DevStack, Name
 from gateway.client import Client
-from tests.stacks import Site, on_sockets, persist, price_of, put_catalogue, site
+from tests.stacks import Site, down_and_up, on_sockets, opened, persist, price_of, put_catalogue, site
 from tests.traffic import Answer, Audit, Traffic, audit, balances_add_up, by_client, by_stub, flowing
 
 KILLS = 10
-CUSTOMERS = 30
-POOR = 5  # of them: these run out
 MOST_BETWEEN = 400  # answers between two kills
 CLIENT_MS = 20_000
 
 pytestmark = pytest.mark.slow
-
-
-@asynccontextmanager
-async def opened(stack: DevStack) -> AsyncIterator[tuple[Site, list[str]]]:
-    """A look at a stack, and its customers."""
-    async with site(stack) as at:
-        rich = [await at.customer(price_of(10**6)) for _ in range(CUSTOMERS - POOR)]
-        poor = [await at.customer(price_of(20)) for _ in range(POOR)]
-        yield at, rich + poor
 
 
 async def proven(at: Site, answers: dict[str, Answer]) -> str:
@@ -47,14 +34,6 @@ async def proven(at: Site, answers: dict[str, Answer]) -> str:
         f"lost {len(found.lost)}, doubled {len(found.doubled)}, unasked {len(found.unasked)}, "
         f"events published again {found.republished}"
     )
-
-
-async def down_and_up(stack: DevStack, name: Name) -> float:
-    """SIGKILL, and a new start through the stack. Seconds until it serves again."""
-    began = monotonic()
-    await asyncio.to_thread(stack.kill, name)
-    await asyncio.to_thread(stack.restart, name)
-    return monotonic() - began
 
 
 @pytest.mark.timeout(180)
