@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
 import redis
 
 from entitlement import journal, keys
 from entitlement.account import Account
-from entitlement.decision import Decision, Limits, Mode, Outcome, consume_arguments, consume_keys, parse_outcome
+from entitlement.decision import (
+    Consume,
+    Decision,
+    Limits,
+    Mode,
+    Outcome,
+    consume_arguments,
+    consume_keys,
+    parse_outcome,
+)
 from entitlement.holding import (
     Closing,
     HoldOutcome,
@@ -29,6 +39,8 @@ from entitlement.holding import (
 )
 from entitlement.journal import Record
 from entitlement.lua import script
+from entitlement.receipt import EXTENDED, HELD, SETTLED, HoldReceipt, draft, hold_replay, is_due, parse, prices
+from entitlement.v1 import gateway_pb2 as pb
 from tests.hot_stores import CUSTOMER, TENANT, Usage, charge, request
 
 PARTITION = keys.partition_of(TENANT, CUSTOMER)
@@ -47,6 +59,7 @@ class HoldsBench:
             for name in ("install", "consume", "reserve", "settle", "close")
         }
         self._numbers = itertools.count()
+        self.receipts: list[bytes] = []  # of all that was granted here
 
     def put(self, made: Account) -> None:
         self.client.delete(ACCOUNT)
@@ -82,23 +95,53 @@ class HoldsBench:
         extension: str = "",
     ) -> HoldOutcome:
         asked = request(extension or hold, *usage, mode=mode, subject=subject)
+        asked = msgspec.structs.replace(asked, payload=self._wire(hold, asked, ttl_ms, extension))
         reserve = Reserve(asked, hold, ttl_ms, bool(extension))
         arguments = reserve_arguments(reserve, charge(asked), self.limits)
-        return parse_reserved(self._run("reserve", reserve_keys(reserve, PARTITION), arguments), asked)
+        reply = self._run("reserve", reserve_keys(reserve, PARTITION), arguments)
+        self._note(EXTENDED if extension else HELD, asked, reply)
+        return parse_reserved(reply, asked)
 
     def extend(self, hold: str, *usage: Usage, key: str, ttl_ms: int = 0) -> HoldOutcome:
         return self.reserve(hold, *usage, ttl_ms=ttl_ms, extension=key)
 
     def settle(self, hold: str, *usage: Usage, key: str = "", final: bool = False) -> HoldOutcome:
         asked = request(key or f"s-{next(self._numbers)}", *usage, mode=Mode.ADJUST_ONLY)
+        wire = pb.SettleRequest(hold_id=hold, customer=CUSTOMER, idempotency_key=asked.key, final=final)
+        wire.usage.extend([pb.Usage(feature=line.feature, quantity=line.quantity) for line in asked.lines])
+        asked = msgspec.structs.replace(asked, payload=wire.SerializeToString(deterministic=True))
         settle = Settle(asked, hold, final)
         arguments = settle_arguments(settle, charge(asked), self.limits)
-        return parse_settled(self._run("settle", settle_keys(settle, PARTITION), arguments), asked)
+        reply = self._run("settle", settle_keys(settle, PARTITION), arguments)
+        self._note(SETTLED, asked, reply)
+        return parse_settled(reply, asked)
 
     def close(self, what: What, hold: str, *, key: str = "", ttl_ms: int = 0) -> HoldOutcome | str:
         closing = Closing(TENANT, CUSTOMER, hold, what, key, ttl_ms)
         reply = self._run("close", close_keys(closing, PARTITION), close_arguments(closing, self.limits))
         return "LATER" if reply == b"!LATER" else parse_reserved(reply, closing.asked)
+
+    def _wire(self, hold: str, asked: Consume, ttl_ms: int, extension: str) -> bytes:
+        lines = [pb.Usage(feature=line.feature, quantity=line.quantity) for line in asked.lines]
+        wire: pb.ReserveRequest | pb.ExtendRequest
+        if extension:
+            wire = pb.ExtendRequest(hold_id=hold, customer=CUSTOMER, idempotency_key=extension, more=lines)
+        else:
+            wire = pb.ReserveRequest(hold_id=hold, customer=CUSTOMER, subject=asked.subject, usage=lines)
+        if ttl_ms:
+            wire.ttl.FromMilliseconds(ttl_ms)
+        return wire.SerializeToString(deterministic=True)
+
+    def _note(self, kind: int, asked: Consume, reply: bytes) -> None:
+        """The receipt that a gateway would keep."""
+        if is_due(reply):
+            self.receipts.append(draft(asked, prices(charge(asked)), self.now(), kind) + reply)
+
+    def told(self, receipt: bytes) -> bytes:
+        """What another's receipt does here."""
+        found = parse(receipt, TENANT)
+        assert isinstance(found, HoldReceipt)
+        return self._run(*hold_replay(found, self.limits, PARTITION))
 
     def age(self, hold: str) -> None:
         """Its time is over."""

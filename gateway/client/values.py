@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
 from typing import Literal, Never
 
 import grpc
 import msgspec
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 from msgspec.structs import replace
 
-from entitlement.request import MAX_REQUEST_BYTES
+from entitlement.request import MAX_REQUEST_BYTES, Usages
 from entitlement.v1 import gateway_pb2 as pb
 from gateway.client.errors import InvalidArgument
 
 Mode = Literal["normal", "best_effort", "check_only", "adjust_only"]
 
 # "normal" is the wire's default: an unset mode and MODE_NORMAL are different payloads to a repeated key.
-_MODES: dict[str, pb.Mode.ValueType] = {
+MODES: dict[str, pb.Mode.ValueType] = {
     "normal": pb.MODE_UNSPECIFIED,
     "best_effort": pb.MODE_BEST_EFFORT,
     "check_only": pb.MODE_CHECK_ONLY,
@@ -158,21 +160,28 @@ def random_key() -> str:
 
 
 def encode(request: Request, key: str) -> bytes:
-    """The request on the wire. Raises InvalidArgument for what cannot be put there, and for what would be too long."""
+    """The request on the wire. Raises InvalidArgument as `packed` does."""
+    return packed(lambda: _message(request, key), key)
+
+
+def _message(request: Request, key: str) -> pb.CheckAndConsumeRequest:
+    message = pb.CheckAndConsumeRequest(idempotency_key=key, customer=request.customer, mode=MODES[request.mode])
+    add_lines(message.usage, request.usage)
+    if request.subject is not None:
+        message.subject = request.subject
+    if request.event_time is not None:
+        set_time(message.event_time, request.event_time)
+    return message
+
+
+def packed(make: Callable[[], Message], key: str = "") -> bytes:
+    """What `make` returns, on the wire. Raises InvalidArgument for what cannot be put there, and for what would be too
+    long.
+    """
     try:
-        message = pb.CheckAndConsumeRequest(idempotency_key=key, customer=request.customer, mode=_MODES[request.mode])
-        lines = message.usage
-        for usage in request.usage:
-            line = lines.add(feature=usage.feature, quantity=usage.quantity)
-            if usage.dimensions:
-                line.dimensions.update(usage.dimensions)
-        if request.subject is not None:
-            message.subject = request.subject
-        if request.event_time is not None:
-            _set_time(message, request.event_time)
-        data = message.SerializeToString()
-    except KeyError:
-        raise _invalid(f"mode: {request.mode!r} is not one of {', '.join(_MODES)}", key) from None
+        data = make().SerializeToString()
+    except KeyError as error:
+        raise _invalid(f"mode: {error.args[0]!r} is not one of {', '.join(MODES)}", key) from None
     except (TypeError, ValueError) as error:  # a wrong type, an integer beyond int64, text that is not Unicode
         raise _invalid(f"request: {error}", key) from None
     if len(data) > MAX_REQUEST_BYTES:
@@ -180,21 +189,19 @@ def encode(request: Request, key: str) -> bytes:
     return data
 
 
-def balance_request(customer: str, at_least_sequence: int = 0, subject: str = "") -> bytes:
-    """Raises InvalidArgument for what cannot be put on the wire."""
-    try:
-        message = pb.GetBalanceRequest(customer=customer, at_least_sequence=at_least_sequence, subject=subject)
-        return message.SerializeToString()
-    except (TypeError, ValueError) as error:
-        raise _invalid(f"request: {error}") from None
+def add_lines(lines: Usages, usage: Iterable[Usage]) -> None:
+    for each in usage:
+        line = lines.add(feature=each.feature, quantity=each.quantity)
+        if each.dimensions:
+            line.dimensions.update(each.dimensions)
 
 
-def _set_time(message: pb.CheckAndConsumeRequest, time: datetime) -> None:
+def set_time(field: Timestamp, time: datetime) -> None:
     if time.tzinfo is None:
         raise ValueError("event_time has no time zone")
     since = time - _EPOCH
-    message.event_time.seconds = since.days * 86_400 + since.seconds
-    message.event_time.nanos = since.microseconds * 1_000
+    field.seconds = since.days * 86_400 + since.seconds
+    field.nanos = since.microseconds * 1_000
 
 
 def lines(
@@ -215,12 +222,9 @@ def _invalid(message: str, key: str = "") -> InvalidArgument:
 def decision(message: pb.CheckAndConsumeResponse) -> Decision:
     return Decision(
         message.idempotency_key,
-        _VERDICTS.get(message.verdict, Verdict.UNKNOWN),
-        _REASONS.get(message.reason, Reason.UNKNOWN),
-        tuple(
-            [Consumed(c.feature, c.quantity, c.amount_nanos, c.rate_card_version, c.value) for c in message.consumed]
-        ),
-        _balance(message.balance),
+        *ruling(message.verdict, message.reason),
+        charges(message.consumed),
+        balance_of(message.balance),
         message.replayed,
         message.degraded,
         message.shadow,
@@ -231,7 +235,15 @@ def decision(message: pb.CheckAndConsumeResponse) -> Decision:
     )
 
 
-def _balance(message: pb.Balance, as_of: datetime | None = None, degraded: bool = False) -> Balance:
+def ruling(verdict: int, reason: int) -> tuple[Verdict, Reason]:
+    return _VERDICTS.get(verdict, Verdict.UNKNOWN), _REASONS.get(reason, Reason.UNKNOWN)
+
+
+def charges(lines: Iterable[pb.Consumed]) -> tuple[Consumed, ...]:
+    return tuple([Consumed(c.feature, c.quantity, c.amount_nanos, c.rate_card_version, c.value) for c in lines])
+
+
+def balance_of(message: pb.Balance, as_of: datetime | None = None, degraded: bool = False) -> Balance:
     quotas = message.quotas
     return Balance(
         message.credit_type,
@@ -256,7 +268,7 @@ def _limit(message: pb.SubjectLimit) -> SubjectLimit:
 
 def balance(message: pb.GetBalanceResponse) -> Balance:
     as_of = message.as_of.ToDatetime(UTC) if message.HasField("as_of") else None
-    return _balance(message.balance, as_of, message.degraded)
+    return balance_of(message.balance, as_of, message.degraded)
 
 
 def same(one: Balance, other: Balance) -> bool:

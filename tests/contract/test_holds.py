@@ -481,3 +481,53 @@ def test_any_walk_ends_where_the_arithmetic_says(bench: HoldsBench, seed: int, n
             returned += record.returned
     assert held == taken + returned + bench.account().held  # A hold resolves once.
     assert [record.sequence for record in bench.journal()] == list(range(1, len(bench.journal()) + 1))
+
+
+class TestReplay:
+    """What one hot store has granted, another is told of by receipts: it is the same afterwards, but for its times."""
+
+    @pytest.fixture
+    def other(self, valkey_url: str) -> Iterator[HoldsBench]:
+        made = HoldsBench(f"{valkey_url}?db=1")
+        made.client.flushdb()
+        made.put(account(HotGrant(1, 500)))
+        yield made
+        made.client.close()
+
+    def test_each_receipt_once(self, bench: HoldsBench, other: HoldsBench) -> None:
+        bench.reserve("a", (TOKENS, 100), subject="ann")
+        bench.reserve("b", (TOKENS, 50))
+        bench.extend("a", (TOKENS, 20), key="e")
+        bench.settle("a", (TOKENS, 30), key="s1")
+        bench.settle("b", (TOKENS, 70), key="s2", final=True)
+        bench.settle("a", (TOKENS, 1), key="s3", final=True)
+        assert len(bench.receipts) == 6
+        signs = [other.told(receipt)[:1] for receipt in bench.receipts]
+        assert signs == [b"="] * 6
+        assert other.account() == bench.account()
+        assert [other.told(receipt)[:1] for receipt in bench.receipts] == [b"~"] * 6
+        assert other.account() == bench.account()
+        assert decision(other.settle("a", (TOKENS, 1), key="s3", final=True)).replayed
+        subjects = [record.subject for record in other.journal() if isinstance(record, Settled)]
+        assert subjects == ["ann", "", "ann"]
+
+    def test_it_goes_beyond_the_gate(self, bench: HoldsBench, other: HoldsBench) -> None:
+        bench.reserve("a", (TOKENS, 400))
+        other.consume((TOKENS, 300))
+        other.told(bench.receipts[0])
+        found = other.account()
+        assert (found.held, found.available(other.now())) == (400, -200)
+
+    def test_usage_of_a_hold_that_is_gone_is_charged_by_itself(self, bench: HoldsBench, other: HoldsBench) -> None:
+        bench.reserve("a", (TOKENS, 400))
+        bench.settle("a", (TOKENS, 300), key="s", final=True)
+        assert other.told(bench.receipts[1])[:1] == b"="
+        assert money(other.account()) == (200, 0, 300, 0)
+        assert other.told(bench.receipts[0])[:1] == b"="  # Held anew, until it expires.
+        assert other.account().held == 400
+
+    def test_an_account_that_is_not_there(self, bench: HoldsBench, other: HoldsBench) -> None:
+        bench.reserve("a", (TOKENS, 100))
+        bench.settle("a", (TOKENS, 30))
+        other.client.flushdb()
+        assert [other.told(receipt) for receipt in bench.receipts] == [b"!NOT_LOADED"] * 2
