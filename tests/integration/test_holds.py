@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from entitlement.v1 import gateway_pb2 as pb
+from entitlement.v1 import ledger_pb2
 from gateway.cli.stack import DevStack
 from tests.stacks import DEADLINE_S, Site, down_and_up, fresh, opened, persist, price_of, site, until
 
@@ -284,3 +285,39 @@ async def test_holds_of_an_account_that_is_built_anew(stack: DevStack, seed: int
             await at.gateway.Release(pb.ReleaseRequest(hold_id=wanted.hold_id, customer=customer), timeout=DEADLINE_S)
         await until(look, lambda nanos: nanos == 0, "something stayed set aside")
         await at.verified(customer)
+
+
+async def test_quotas_and_limits_count_what_is_held_after_it_was_built_anew_too(at: Site) -> None:
+    contract = ledger_pb2.Contract(billing=ledger_pb2.Contract.PREPAID)
+    contract.quotas.add(feature="calls", limit=1_000)
+    customer = await at.customer(USD, contract=contract)
+    subject = ledger_pb2.Subject(id="ann", limit_nanos=500 * CALL)
+    await at.admin.PutCustomer(ledger_pb2.Customer(id=customer, subjects=[subject]), timeout=DEADLINE_S)
+    await at.balance(customer)
+
+    async def limited() -> bool:
+        answer = await at.gateway.GetBalance(pb.GetBalanceRequest(customer=customer, subject="ann"), timeout=DEADLINE_S)
+        return answer.balance.HasField("subject")
+
+    await until(limited, bool, "the subject's limit did not come")
+    wanted = reserve(customer, 300, subject="ann")
+    await at.gateway.Reserve(wanted, timeout=DEADLINE_S)
+    await at.gateway.Settle(settle(wanted, 100, final=False), timeout=DEADLINE_S)
+    extend = pb.ExtendRequest(hold_id=wanted.hold_id, customer=customer, idempotency_key=fresh("e"))
+    extend.more.add(feature="calls", quantity=50)
+    await at.gateway.Extend(extend, timeout=DEADLINE_S)
+
+    async def counted() -> tuple[int, int, int]:
+        request = pb.GetBalanceRequest(customer=customer, subject="ann")
+        balance = (await at.gateway.GetBalance(request, timeout=DEADLINE_S)).balance
+        return balance.quotas[0].used, balance.subject.used_nanos, balance.held_nanos
+
+    assert await counted() == (350, 350 * CALL, 250 * CALL)
+    await at.verified(customer)
+    await at.hot.delete(*[key async for key in at.hot.scan_iter(f"a:*{customer}")])
+    assert await persist(counted) == (350, 350 * CALL, 250 * CALL)
+    again = await at.gateway.Extend(extend, timeout=DEADLINE_S)
+    assert again.replayed
+    await at.gateway.Settle(settle(wanted, 20), timeout=DEADLINE_S)
+    assert await counted() == (120, 120 * CALL, 0)
+    await at.verified(customer)
