@@ -17,6 +17,7 @@ from gateway.client.errors import (
     Unauthenticated,
     Unavailable,
 )
+from gateway.client.holds import Reservation, Settlement
 from gateway.client.options import Tls
 from gateway.client.sync import SyncClient
 from gateway.client.values import (
@@ -50,6 +51,8 @@ __all__ = [
     "Quota",
     "Reason",
     "Request",
+    "Reservation",
+    "Settlement",
     "SubjectLimit",
     "SyncClient",
     "Tls",

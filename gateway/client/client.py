@@ -12,7 +12,9 @@ from typing import NamedTuple, Self
 from gateway.client.backoff import Attempts, Backoff
 from gateway.client.decisions import Decisions
 from gateway.client.errors import ClientClosed, EntitlementCallError
+from gateway.client.hold_calls import TaskHolds
 from gateway.client.options import Options, Tls, Token
+from gateway.client.questions import Answer, Question, Underway, ask, balance_question
 from gateway.client.values import (
     Balance,
     Decision,
@@ -20,7 +22,6 @@ from gateway.client.values import (
     Request,
     Usage,
     balance,
-    balance_request,
     lines,
     random_key,
     same,
@@ -28,7 +29,7 @@ from gateway.client.values import (
 from gateway.client.wire import Wire, stream_ended
 
 
-class Client:
+class Client(TaskHolds):
     """Asks a gateway for decisions. Make one for a process and share it among its tasks.
 
         async with Client("unix:/run/entitlement/gateway.sock") as client:
@@ -48,7 +49,7 @@ class Client:
                      beyond this machine
     tls              None: plain text
     max_batch        requests that travel together, 1..1000
-    max_in_flight    unanswered calls; the next one is Overloaded at once
+    max_in_flight    unanswered calls, and as many that are about holds; the next one is Overloaded at once
     pipeline         batches in flight, 1..32. More overlap for a distant gateway, smaller batches for a near one
     channel_options  of gRPC, over the client's own
     backoff          pauses between attempts
@@ -90,7 +91,8 @@ class Client:
             raise ClientClosed
         if self._running is None:
             wire = Wire(self._options)
-            self._running = _Running(wire, Decisions(wire, self._options))
+            underway = Underway(self._options.max_in_flight)
+            self._running = _Running(wire, Decisions(wire, self._options), underway)
 
     async def close(self) -> None:
         """Takes no more calls, waits for those in flight (each has its deadline), disconnects. May be called twice."""
@@ -98,6 +100,7 @@ class Client:
         if self._running is not None:
             try:
                 await self._running.decisions.lane.close()
+                await self._running.underway.close()
             finally:
                 await self._running.wire.close()
 
@@ -151,20 +154,15 @@ class Client:
 
         Raises CustomerNotFound, and as check_and_consume; retried alike.
         """
-        request, attempts = balance_request(customer, at_least_sequence, subject), self._attempts()
-        while True:
-            try:
-                return balance(await self._started().wire.balance(request, attempts.left_s()))
-            except EntitlementCallError as problem:
-                pause_s = attempts.pause_s(problem)
-            await asyncio.sleep(pause_s)
+        question = balance_question(customer, at_least_sequence, subject)
+        return await ask(question, self._attempts(), lambda: self._started().wire)
 
     async def watch_balance(self, customer: str) -> AsyncGenerator[Balance]:
         """The balance now, then every change, for as long as it is iterated. Changes in quick succession show as one.
 
         Comes back by itself after a lost connection; raises Unavailable when that takes longer than the timeout.
         """
-        request, attempts = balance_request(customer), self._attempts()
+        request, attempts = balance_question(customer).request, self._attempts()
         seen: Balance | None = None
         while True:
             try:
@@ -180,12 +178,16 @@ class Client:
                 pause_s = attempts.pause_s(problem)
             await asyncio.sleep(pause_s)
 
+    async def _ask(self, question: Question[Answer]) -> Answer:
+        running = self._started(question.key)
+        return await running.underway.run(question, lambda: ask(question, self._attempts(), lambda: running.wire))
+
     def _attempts(self) -> Attempts:
         return Attempts(self._options.backoff, self._options.timeout_s, asyncio.get_running_loop().time)
 
-    def _started(self) -> _Running:
+    def _started(self, key: str = "") -> _Running:
         if self._running is None or self._closed:
-            raise ClientClosed("the client is closed" if self._closed else "the client is not started")
+            raise ClientClosed("the client is closed" if self._closed else "the client is not started", key)
         return self._running
 
 
@@ -194,3 +196,4 @@ class _Running(NamedTuple):
 
     wire: Wire
     decisions: Decisions
+    underway: Underway

@@ -65,7 +65,7 @@ class Decisions:
 
 def encoded(request: Request, options: Options) -> tuple[str, bytes]:
     """The request's key, made when it has none, and the request on the wire."""
-    key = options.new_key() if request.key is None else request.key
+    key = options.key(request.key)
     return key, encode(request, key)
 
 

@@ -84,6 +84,10 @@ class Options(msgspec.Struct, frozen=True):
     def timeout_s(self) -> float:
         return self.timeout_ms / 1000
 
+    def key(self, given: str | None) -> str:
+        """A key of the caller's, or one that is made."""
+        return self.new_key() if given is None else given
+
     def channel(self) -> list[tuple[str, str | int]]:
         """Options of the gRPC channel; a later one wins."""
         options = list(_CHANNEL)

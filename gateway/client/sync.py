@@ -6,9 +6,9 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import datetime
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -19,8 +19,10 @@ from entitlement.v1 import gateway_pb2 as pb
 from gateway.client.backoff import Attempts, Backoff
 from gateway.client.decisions import Decisions, encoded
 from gateway.client.errors import ClientClosed, EntitlementCallError, call_error
+from gateway.client.hold_calls import ThreadHolds
 from gateway.client.lane import Lane
 from gateway.client.options import Options, Tls, Token
+from gateway.client.questions import Answer, Question, ask_blocking, balance_question, check_room
 from gateway.client.thread_wire import ThreadWire
 from gateway.client.values import (
     Balance,
@@ -29,7 +31,6 @@ from gateway.client.values import (
     Request,
     Usage,
     balance,
-    balance_request,
     decision,
     lines,
     random_key,
@@ -41,7 +42,7 @@ _SLACK_S = 5.0  # beyond a call's own deadline: only a loop that is blocked or g
 _Answer = Future[pb.CheckAndConsumeResponse]
 
 
-class SyncClient:
+class SyncClient(ThreadHolds):
     """Client for threads: the same methods, parameters and promises (see Client), blocking.
 
         with SyncClient("unix:/run/entitlement/gateway.sock") as client:
@@ -84,6 +85,8 @@ class SyncClient:
         self._running: _Running | None = None
         self._open = False
         self._inbox: list[tuple[str, bytes, _Answer]] = []
+        self._underway = 0  # calls about holds
+        self._none_underway = threading.Condition(self._lock)
 
     def start(self) -> None:
         """Starts the thread; does not wait for a connection. May be called twice."""
@@ -104,7 +107,10 @@ class SyncClient:
                 return
             if was_open:
                 running.stopping.set()
-                running.loop.call_soon_threadsafe(running.stop.set)
+                try:
+                    self._none_underway.wait_for(lambda: not self._underway)
+                finally:
+                    running.loop.call_soon_threadsafe(running.stop.set)
         running.thread.join()
 
     def __enter__(self) -> Self:
@@ -153,18 +159,12 @@ class SyncClient:
 
     def balance(self, customer: str, *, subject: str = "", at_least_sequence: int = 0) -> Balance:
         """See Client.balance."""
-        request, attempts = balance_request(customer, at_least_sequence, subject), self._attempts()
-        while True:
-            running = self._started()
-            try:
-                return balance(running.wire.balance(request, attempts.left_s()))
-            except EntitlementCallError as problem:
-                pause_s = attempts.pause_s(problem)
-            running.stopping.wait(pause_s)
+        question, pause = balance_question(customer, at_least_sequence, subject), self._started().stopping.wait
+        return ask_blocking(question, self._attempts(), lambda: self._started().wire, pause)
 
     def watch_balance(self, customer: str) -> Generator[Balance]:
         """See Client.watch_balance. Each step blocks until the balance changes or the client is closed."""
-        request, attempts = balance_request(customer), self._attempts()
+        request, attempts = balance_question(customer).request, self._attempts()
         seen: Balance | None = None
         while True:
             running = self._started()
@@ -180,6 +180,24 @@ class SyncClient:
             except EntitlementCallError as problem:
                 pause_s = attempts.pause_s(problem)
             running.stopping.wait(pause_s)
+
+    def _ask(self, question: Question[Answer]) -> Answer:
+        with self._counted(question) as running:
+            return ask_blocking(question, self._attempts(), lambda: running.wire, time.sleep)
+
+    @contextmanager
+    def _counted(self, question: Question[Answer]) -> Iterator[_Running]:
+        """Closing waits until it has ended."""
+        with self._lock:
+            running = self._started(question.key)
+            check_room(question, self._underway, self._options.max_in_flight)
+            self._underway += 1
+        try:
+            yield running
+        finally:
+            with self._lock:
+                self._underway -= 1
+                self._none_underway.notify_all()
 
     def _attempts(self) -> Attempts:
         return Attempts(self._options.backoff, self._options.timeout_s, time.monotonic)

@@ -18,11 +18,12 @@ from entitlement.v1 import gateway_pb2 as pb
 from gateway.client.errors import ClientClosed, EntitlementCallError
 from gateway.client.lane import MAX_AWAY
 from gateway.client.options import Options
-from gateway.client.wire import BALANCE, MANY, ONE, WATCH, Answers, answers, joined, no_answer, one_answer, translated
+from gateway.client.questions import ALONE, Answer, Question
+from gateway.client.wire import MANY, ONE, WATCH, Answers, answers, joined, no_answer, one_answer, translated
 
 
 class ThreadWire:
-    """`decide` is for the lane's event loop, `balance` and `watch` block the thread that calls them."""
+    """`decide` is for the lane's event loop, `ask` and `watch` block the thread that calls them."""
 
     def __init__(self, options: Options) -> None:
         self._metadata = options.metadata
@@ -34,7 +35,7 @@ class ThreadWire:
         unary, stream = self._channel.unary_unary, self._channel.unary_stream
         self._one: grpc.UnaryUnaryMultiCallable[bytes, bytes] = unary(ONE)
         self._many: grpc.UnaryUnaryMultiCallable[bytes, bytes] = unary(MANY)
-        self._balance: grpc.UnaryUnaryMultiCallable[bytes, bytes] = unary(BALANCE)
+        self._alone: dict[str, grpc.UnaryUnaryMultiCallable[bytes, bytes]] = {name: unary(name) for name in ALONE}
         self._watch: grpc.UnaryStreamMultiCallable[bytes, bytes] = stream(WATCH)
         self._carriers = ThreadPoolExecutor(MAX_AWAY, "entitlement-carrier")  # Started as they are needed.
         self._closed = False
@@ -59,10 +60,10 @@ class ThreadWire:
         except (grpc.RpcError, DecodeError, ValueError) as error:
             raise self._translated(error) from None
 
-    def balance(self, request: bytes, timeout_s: float) -> pb.GetBalanceResponse:
+    def ask(self, question: Question[Answer], timeout_s: float) -> Answer:
+        call = self._alone[question.method]
         try:
-            data = self._balance(request, timeout=timeout_s, metadata=self._metadata())
-            return pb.GetBalanceResponse.FromString(data)
+            return question.read(call(question.request, timeout=timeout_s, metadata=self._metadata()))
         except (grpc.RpcError, DecodeError, ValueError) as error:
             raise self._translated(error) from None
 

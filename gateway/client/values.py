@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
-from typing import Literal, Never
+from typing import TYPE_CHECKING, Literal, Never
 
 import grpc
 import msgspec
@@ -14,9 +14,12 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from msgspec.structs import replace
 
-from entitlement.request import MAX_REQUEST_BYTES, Usages
+from entitlement.request import MAX_REQUEST_BYTES
 from entitlement.v1 import gateway_pb2 as pb
 from gateway.client.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
 Mode = Literal["normal", "best_effort", "check_only", "adjust_only"]
 
@@ -189,7 +192,7 @@ def packed(make: Callable[[], Message], key: str = "") -> bytes:
     return data
 
 
-def add_lines(lines: Usages, usage: Iterable[Usage]) -> None:
+def add_lines(lines: RepeatedCompositeFieldContainer[pb.Usage], usage: Iterable[Usage]) -> None:
     for each in usage:
         line = lines.add(feature=each.feature, quantity=each.quantity)
         if each.dimensions:

@@ -16,11 +16,11 @@ from google.protobuf.message import DecodeError
 from entitlement.v1 import gateway_pb2 as pb
 from gateway.client.errors import ClientClosed, EntitlementCallError, call_error
 from gateway.client.options import Options
+from gateway.client.questions import ALONE, Answer, Question
 
 _SERVICE = "/entitlement.v1.EntitlementGateway/"
 ONE = f"{_SERVICE}CheckAndConsume"
 MANY = f"{_SERVICE}CheckAndConsumeBatch"
-BALANCE = f"{_SERVICE}GetBalance"
 WATCH = f"{_SERVICE}WatchBalance"
 Answers = Sequence[pb.CheckAndConsumeResponse]
 
@@ -38,7 +38,7 @@ class Wire:
         unary, stream = self._channel.unary_unary, self._channel.unary_stream
         self._one: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = unary(ONE)
         self._many: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = unary(MANY)
-        self._balance: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = unary(BALANCE)
+        self._alone: dict[str, grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]] = {name: unary(name) for name in ALONE}
         self._watch: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = stream(WATCH)
         self._watching: set[grpc.aio.UnaryStreamCall[bytes, bytes]] = set()
         self._closed = False
@@ -59,10 +59,10 @@ class Wire:
         except (grpc.RpcError, DecodeError) as error:
             raise translated(error) from None
 
-    async def balance(self, request: bytes, timeout_s: float) -> pb.GetBalanceResponse:
+    async def ask(self, question: Question[Answer], timeout_s: float) -> Answer:
+        call = self._alone[question.method]
         try:
-            data = await self._balance(request, timeout=timeout_s, metadata=self._metadata())
-            return pb.GetBalanceResponse.FromString(data)
+            return question.read(await call(question.request, timeout=timeout_s, metadata=self._metadata()))
         except (grpc.RpcError, DecodeError) as error:
             raise translated(error) from None
         except asyncio.CancelledError:
