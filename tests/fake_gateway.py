@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import grpc
 
@@ -14,6 +15,9 @@ from entitlement.v1 import gateway_pb2 as pb
 from entitlement.v1 import gateway_pb2_grpc as rpc
 
 Context = grpc.aio.ServicerContext[object, object]
+HoldCall = pb.ReserveRequest | pb.ExtendRequest | pb.SettleRequest | pb.ReleaseRequest
+HoldAnswer = pb.ReserveResponse | pb.ExtendResponse | pb.SettleResponse | pb.ReleaseResponse
+Answer = TypeVar("Answer", bound=HoldAnswer)
 
 
 def allowed(request: pb.CheckAndConsumeRequest) -> pb.CheckAndConsumeResponse:
@@ -47,6 +51,8 @@ class FakeGateway(rpc.EntitlementGatewayServicer):
         self.open.set()
         self.balances: deque[pb.GetBalanceResponse] = deque()
         self.asked: list[pb.GetBalanceRequest] = []
+        self.held: list[HoldCall] = []  # calls about holds, as they arrive
+        self.hold_answers: deque[HoldAnswer] = deque()  # to them; when there is none, that all is allowed
         self.gone = asyncio.Event()  # a watcher has left
         self._news = asyncio.Condition()
 
@@ -58,10 +64,12 @@ class FakeGateway(rpc.EntitlementGatewayServicer):
     def sizes(self) -> list[int]:
         return [len(call) for call in self.calls]
 
-    async def arrived(self, calls: int = 0, *, balances: int = 0) -> None:
-        """Returns when so many calls, and so many questions for a balance, have come."""
+    async def arrived(self, calls: int = 0, *, balances: int = 0, holds: int = 0) -> None:
+        """Returns when so many calls, questions for a balance and calls about holds have come."""
         async with asyncio.timeout(10), self._news:
-            await self._news.wait_for(lambda: len(self.calls) >= calls and len(self.asked) >= balances)
+            await self._news.wait_for(
+                lambda: len(self.calls) >= calls and len(self.asked) >= balances and len(self.held) >= holds
+            )
 
     async def CheckAndConsume(self, request: pb.CheckAndConsumeRequest, context: Context) -> pb.CheckAndConsumeResponse:
         return (await self._decide([request], context, batched=False))[0]
@@ -92,6 +100,30 @@ class FakeGateway(rpc.EntitlementGatewayServicer):
             await asyncio.Event().wait()
         finally:
             self.gone.set()
+
+    async def Reserve(self, request: pb.ReserveRequest, context: Context) -> pb.ReserveResponse:
+        return await self._hold(request, context, pb.ReserveResponse(verdict=pb.VERDICT_ALLOW))
+
+    async def Extend(self, request: pb.ExtendRequest, context: Context) -> pb.ExtendResponse:
+        return await self._hold(request, context, pb.ExtendResponse(verdict=pb.VERDICT_ALLOW))
+
+    async def Settle(self, request: pb.SettleRequest, context: Context) -> pb.SettleResponse:
+        return await self._hold(request, context, pb.SettleResponse(verdict=pb.VERDICT_ALLOW))
+
+    async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
+        return await self._hold(request, context, pb.ReleaseResponse(verdict=pb.VERDICT_ALLOW))
+
+    async def _hold(self, request: HoldCall, context: Context, allowed: Answer) -> Answer:
+        self.held.append(request)
+        self.metadata.append(dict(context.invocation_metadata() or ()))
+        await self._tell()
+        await self.open.wait()
+        await self._fault(context)
+        if not self.hold_answers:
+            return allowed
+        answer = self.hold_answers.popleft()
+        assert isinstance(answer, type(allowed))
+        return answer
 
     async def _decide(
         self, requests: Sequence[pb.CheckAndConsumeRequest], context: Context, *, batched: bool
