@@ -21,6 +21,7 @@ from entitlement.errors import EntitlementError, Unavailable
 from ledger_sync.beat import Beat
 from ledger_sync.hot_store import HotStore, Name
 from ledger_sync.install_state import prepare
+from ledger_sync.ledger import LedgerUnavailable
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Ledger
@@ -146,14 +147,22 @@ class Installer:
             await self._attempt(names[first : first + BATCH], settled=True)
 
     async def _attempt(self, names: Sequence[Name], *, settled: bool) -> list[Name]:
-        """Installs what can be; returns those that have to settle first. Never raises for a store that is away."""
+        """Installs what can be; returns those that have to settle first. Never raises for a store that is away. One
+        account that cannot be built keeps no other back: it is found by halves.
+        """
         try:
             return await self._install(names, settled=settled)
-        except EntitlementError as error:
+        except (Unavailable, LedgerUnavailable) as error:
             self._later(names, RETRY_S, error)
-            return []
+        except (EntitlementError, ValueError, LookupError, ArithmeticError, AssertionError) as error:
+            if len(names) > 1:
+                halves = names[: len(names) // 2], names[len(names) // 2 :]
+                return [name for half in halves for name in await self._attempt(half, settled=settled)]
+            log.error("an account cannot be built", customer=names[0][1], error=f"{type(error).__name__}: {error}")
+            self._later(names, UNTIL_MS / 1000, error)
+        return []
 
-    def _later(self, names: Sequence[Name], pause_s: float, error: EntitlementError) -> None:
+    def _later(self, names: Sequence[Name], pause_s: float, error: Exception) -> None:
         """Others do not wait for it."""
 
         async def again() -> None:

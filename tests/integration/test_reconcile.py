@@ -19,6 +19,7 @@ from entitlement.periods import HOUR
 from entitlement.request import parse_consume
 from entitlement.v1 import gateway_pb2
 from entitlement.v1 import ledger_pb2 as pb
+from ledger_sync import install
 from ledger_sync.install import ensure
 from ledger_sync.pricing import PriceList
 from ledger_sync.reconcile import LOOKS
@@ -93,6 +94,23 @@ class TestInstalls:
         assert (after.epoch, after.sequence) == (before.epoch + 1, before.sequence)
         assert without_place(after) == without_place(before)
         assert is_clean(await verify(shop))
+
+    async def test_one_that_cannot_be_built_keeps_no_other_back(
+        self, shop: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(install, "UNTIL_MS", 1_000)  # So long it is before it is tried again.
+        names = ["amy", "bob", "cid", "dee"]
+        for name in (*names[:1], *names[2:]):
+            await shop.customer(name, USD)
+        config = await shop.value("SELECT config FROM accounts WHERE customer = 'bob'")
+        await shop.execute("UPDATE accounts SET config = 'nonsense' WHERE customer = 'bob'")
+        shop.control.installer.request([(TENANT, name) for name in names])
+        async with asyncio.timeout(DEADLINE_S):
+            await ensure(shop.hot, [(TENANT, name) for name in names if name != "bob"])
+        assert await shop.hot.live([BOB]) == [False]
+        await shop.execute(f"UPDATE accounts SET config = '{config}' WHERE customer = 'bob'")
+        async with asyncio.timeout(DEADLINE_S):
+            await ensure(shop.hot, [BOB])
 
     async def test_an_install_waits_for_the_journal(self, shop: Rig) -> None:
         await shop.account("bob")
