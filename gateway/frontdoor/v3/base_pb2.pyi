@@ -9,7 +9,6 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
-from google.protobuf import wrappers_pb2 as _wrappers_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -110,25 +109,19 @@ class HeaderValueOption(_message.Message):
     OVERWRITE_IF_EXISTS: HeaderValueOption.HeaderAppendAction.ValueType  # 3
 
     HEADER_FIELD_NUMBER: _builtins.int
-    APPEND_FIELD_NUMBER: _builtins.int
     APPEND_ACTION_FIELD_NUMBER: _builtins.int
     append_action: Global___HeaderValueOption.HeaderAppendAction.ValueType
     @_builtins.property
     def header(self) -> Global___HeaderValue: ...
-    @_builtins.property
-    def append(self) -> _wrappers_pb2.BoolValue:
-        """what older Envoys look at instead of append_action"""
-
     def __init__(
         self,
         *,
         header: Global___HeaderValue | None = ...,
-        append: _wrappers_pb2.BoolValue | None = ...,
         append_action: Global___HeaderValueOption.HeaderAppendAction.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["append", b"append", "header", b"header"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["append", b"append", "append_action", b"append_action", "header", b"header"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["append_action", b"append_action", "header", b"header"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,7 +27,7 @@ from gateway.frontdoor.v3 import ratelimit_pb2 as gateway_dot_frontdoor_dot_v3_d
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1egateway/frontdoor/v3/rls.proto\x12\x1a\x65nvoy.service.ratelimit.v3\x1a\x1fgateway/frontdoor/v3/base.proto\x1a$gateway/frontdoor/v3/ratelimit.proto\x1a\x1egoogle/protobuf/duration.proto\"\x87\x01\n\x10RateLimitRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12N\n\x0b\x64\x65scriptors\x18\x02 \x03(\x0b\x32\x39.envoy.extensions.common.ratelimit.v3.RateLimitDescriptor\x12\x13\n\x0bhits_addend\x18\x03 \x01(\r\"\xd0\x06\n\x11RateLimitResponse\x12H\n\x0coverall_code\x18\x01 \x01(\x0e\x32\x32.envoy.service.ratelimit.v3.RateLimitResponse.Code\x12P\n\x08statuses\x18\x02 \x03(\x0b\x32>.envoy.service.ratelimit.v3.RateLimitResponse.DescriptorStatus\x12\x42\n\x17response_headers_to_add\x18\x03 \x03(\x0b\x32!.envoy.config.core.v3.HeaderValue\x12\x41\n\x16request_headers_to_add\x18\x04 \x03(\x0b\x32!.envoy.config.core.v3.HeaderValue\x12\x10\n\x08raw_body\x18\x05 \x01(\x0c\x1a\xdf\x01\n\tRateLimit\x12\x19\n\x11requests_per_unit\x18\x01 \x01(\r\x12J\n\x04unit\x18\x02 \x01(\x0e\x32<.envoy.service.ratelimit.v3.RateLimitResponse.RateLimit.Unit\x12\x0c\n\x04name\x18\x03 \x01(\t\"]\n\x04Unit\x12\x0b\n\x07UNKNOWN\x10\x00\x12\n\n\x06SECOND\x10\x01\x12\n\n\x06MINUTE\x10\x02\x12\x08\n\x04HOUR\x10\x03\x12\x07\n\x03\x44\x41Y\x10\x04\x12\t\n\x05MONTH\x10\x05\x12\x08\n\x04YEAR\x10\x06\x12\x08\n\x04WEEK\x10\x07\x1a\xf6\x01\n\x10\x44\x65scriptorStatus\x12@\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x32.envoy.service.ratelimit.v3.RateLimitResponse.Code\x12N\n\rcurrent_limit\x18\x02 \x01(\x0b\x32\x37.envoy.service.ratelimit.v3.RateLimitResponse.RateLimit\x12\x17\n\x0flimit_remaining\x18\x03 \x01(\r\x12\x37\n\x14\x64uration_until_reset\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"+\n\x04\x43ode\x12\x0b\n\x07UNKNOWN\x10\x00\x12\x06\n\x02OK\x10\x01\x12\x0e\n\nOVER_LIMIT\x10\x02\x32\x82\x01\n\x10RateLimitService\x12n\n\x0fShouldRateLimit\x12,.envoy.service.ratelimit.v3.RateLimitRequest\x1a-.envoy.service.ratelimit.v3.RateLimitResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1egateway/frontdoor/v3/rls.proto\x12\x1a\x65nvoy.service.ratelimit.v3\x1a\x1fgateway/frontdoor/v3/base.proto\x1a$gateway/frontdoor/v3/ratelimit.proto\x1a\x1egoogle/protobuf/duration.proto\"\x87\x01\n\x10RateLimitRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12N\n\x0b\x64\x65scriptors\x18\x02 \x03(\x0b\x32\x39.envoy.extensions.common.ratelimit.v3.RateLimitDescriptor\x12\x13\n\x0bhits_addend\x18\x03 \x01(\r\"\x8d\x06\n\x11RateLimitResponse\x12H\n\x0coverall_code\x18\x01 \x01(\x0e\x32\x32.envoy.service.ratelimit.v3.RateLimitResponse.Code\x12P\n\x08statuses\x18\x02 \x03(\x0b\x32>.envoy.service.ratelimit.v3.RateLimitResponse.DescriptorStatus\x12\x42\n\x17response_headers_to_add\x18\x03 \x03(\x0b\x32!.envoy.config.core.v3.HeaderValue\x12\x10\n\x08raw_body\x18\x05 \x01(\x0c\x1a\xdf\x01\n\tRateLimit\x12\x19\n\x11requests_per_unit\x18\x01 \x01(\r\x12J\n\x04unit\x18\x02 \x01(\x0e\x32<.envoy.service.ratelimit.v3.RateLimitResponse.RateLimit.Unit\x12\x0c\n\x04name\x18\x03 \x01(\t\"]\n\x04Unit\x12\x0b\n\x07UNKNOWN\x10\x00\x12\n\n\x06SECOND\x10\x01\x12\n\n\x06MINUTE\x10\x02\x12\x08\n\x04HOUR\x10\x03\x12\x07\n\x03\x44\x41Y\x10\x04\x12\t\n\x05MONTH\x10\x05\x12\x08\n\x04YEAR\x10\x06\x12\x08\n\x04WEEK\x10\x07\x1a\xf6\x01\n\x10\x44\x65scriptorStatus\x12@\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x32.envoy.service.ratelimit.v3.RateLimitResponse.Code\x12N\n\rcurrent_limit\x18\x02 \x01(\x0b\x32\x37.envoy.service.ratelimit.v3.RateLimitResponse.RateLimit\x12\x17\n\x0flimit_remaining\x18\x03 \x01(\r\x12\x37\n\x14\x64uration_until_reset\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"+\n\x04\x43ode\x12\x0b\n\x07UNKNOWN\x10\x00\x12\x06\n\x02OK\x10\x01\x12\x0e\n\nOVER_LIMIT\x10\x02\x32\x82\x01\n\x10RateLimitService\x12n\n\x0fShouldRateLimit\x12,.envoy.service.ratelimit.v3.RateLimitRequest\x1a-.envoy.service.ratelimit.v3.RateLimitResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,15 +37,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RATELIMITREQUEST']._serialized_start=166
   _globals['_RATELIMITREQUEST']._serialized_end=301
   _globals['_RATELIMITRESPONSE']._serialized_start=304
-  _globals['_RATELIMITRESPONSE']._serialized_end=1152
-  _globals['_RATELIMITRESPONSE_RATELIMIT']._serialized_start=635
-  _globals['_RATELIMITRESPONSE_RATELIMIT']._serialized_end=858
-  _globals['_RATELIMITRESPONSE_RATELIMIT_UNIT']._serialized_start=765
-  _globals['_RATELIMITRESPONSE_RATELIMIT_UNIT']._serialized_end=858
-  _globals['_RATELIMITRESPONSE_DESCRIPTORSTATUS']._serialized_start=861
-  _globals['_RATELIMITRESPONSE_DESCRIPTORSTATUS']._serialized_end=1107
-  _globals['_RATELIMITRESPONSE_CODE']._serialized_start=1109
-  _globals['_RATELIMITRESPONSE_CODE']._serialized_end=1152
-  _globals['_RATELIMITSERVICE']._serialized_start=1155
-  _globals['_RATELIMITSERVICE']._serialized_end=1285
+  _globals['_RATELIMITRESPONSE']._serialized_end=1085
+  _globals['_RATELIMITRESPONSE_RATELIMIT']._serialized_start=568
+  _globals['_RATELIMITRESPONSE_RATELIMIT']._serialized_end=791
+  _globals['_RATELIMITRESPONSE_RATELIMIT_UNIT']._serialized_start=698
+  _globals['_RATELIMITRESPONSE_RATELIMIT_UNIT']._serialized_end=791
+  _globals['_RATELIMITRESPONSE_DESCRIPTORSTATUS']._serialized_start=794
+  _globals['_RATELIMITRESPONSE_DESCRIPTORSTATUS']._serialized_end=1040
+  _globals['_RATELIMITRESPONSE_CODE']._serialized_start=1042
+  _globals['_RATELIMITRESPONSE_CODE']._serialized_end=1085
+  _globals['_RATELIMITSERVICE']._serialized_start=1088
+  _globals['_RATELIMITSERVICE']._serialized_end=1218
 # @@protoc_insertion_point(module_scope)

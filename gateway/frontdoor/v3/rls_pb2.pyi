@@ -149,7 +149,6 @@ class RateLimitResponse(_message.Message):
     OVERALL_CODE_FIELD_NUMBER: _builtins.int
     STATUSES_FIELD_NUMBER: _builtins.int
     RESPONSE_HEADERS_TO_ADD_FIELD_NUMBER: _builtins.int
-    REQUEST_HEADERS_TO_ADD_FIELD_NUMBER: _builtins.int
     RAW_BODY_FIELD_NUMBER: _builtins.int
     overall_code: Global___RateLimitResponse.Code.ValueType
     raw_body: _builtins.bytes
@@ -160,20 +159,17 @@ class RateLimitResponse(_message.Message):
 
     @_builtins.property
     def response_headers_to_add(self) -> _containers.RepeatedCompositeFieldContainer[_base_pb2.HeaderValue]: ...
-    @_builtins.property
-    def request_headers_to_add(self) -> _containers.RepeatedCompositeFieldContainer[_base_pb2.HeaderValue]: ...
     def __init__(
         self,
         *,
         overall_code: Global___RateLimitResponse.Code.ValueType = ...,
         statuses: _abc.Iterable[Global___RateLimitResponse.DescriptorStatus] | None = ...,
         response_headers_to_add: _abc.Iterable[_base_pb2.HeaderValue] | None = ...,
-        request_headers_to_add: _abc.Iterable[_base_pb2.HeaderValue] | None = ...,
         raw_body: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["overall_code", b"overall_code", "raw_body", b"raw_body", "request_headers_to_add", b"request_headers_to_add", "response_headers_to_add", b"response_headers_to_add", "statuses", b"statuses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["overall_code", b"overall_code", "raw_body", b"raw_body", "response_headers_to_add", b"response_headers_to_add", "statuses", b"statuses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
