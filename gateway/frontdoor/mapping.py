@@ -4,9 +4,9 @@
     forward:      {uri, method, host, denied_status}
     descriptors:  {otherwise, defaults: {...}, rules: [{name, match: {domain, entries}, skip, ...}]}
 
-`...`: customer, subject, feature, quantity, dimensions and key, each from a source; on_missing, mode, shadow, replays.
-A source is a text, which is the value itself, or one of {header: NAME}, {context: KEY}, {metadata: [FILTER, KEY, ...]}
-for requests, and {descriptor: KEY}, {hits_addend: true} for descriptors, with a `default` or an `on_missing`.
+`...`: customer, subject, feature, quantity, dimensions and key, each from a source; key_suffix, on_missing, mode,
+shadow, replays. A source is a text, which is the value itself, or one of {header: NAME}, {context: KEY}, {metadata:
+[FILTER, KEY, ...]} for requests, {descriptor: KEY}, {hits_addend: true} for descriptors; `default`, `on_missing`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from gateway.frontdoor.rules import (
 MAX_FILE_BYTES: Final = 1_048_576
 MAX_RULES: Final = 256  # of requests, and of descriptors
 KEY_HEADER, KEY_ENTRY = "x-request-id", "request_id"  # where the idempotency key is when nothing is said
+USED: Final = "/used"  # ends the keys of what is charged afterwards: the same request was asked about before
 
 Given: TypeAlias = str | Source
 
@@ -51,6 +52,7 @@ class Fields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     quantity: Given | None = None
     dimensions: dict[str, Given] | None = None
     key: Given | None = None
+    key_suffix: str | None = None
     on_missing: OnMissing | None = None
     mode: Literal["consume", "check", "adjust"] | None = None
     shadow: bool | None = None
@@ -204,6 +206,7 @@ class _Reader:
             feature=self._required("feature"),
             quantity=quantity,
             key=self._source("key") or self._settled(key),
+            key_suffix=self._suffix(USED if mode is Mode.ADJUST_ONLY else ""),
             subject=self._source("subject"),
             dimensions=self._dimensions(),
             mode=mode,
@@ -213,6 +216,12 @@ class _Reader:
 
     def _word(self, name: str) -> str:
         return next((str(word) for _, fields in self._places if (word := getattr(fields, name))), "")
+
+    def _suffix(self, otherwise: str) -> str:
+        for field, fields in self._places:
+            if fields.key_suffix is not None:
+                return checks.suffix(f"{field}.key_suffix", fields.key_suffix)
+        return otherwise
 
     def _required(self, name: str) -> Source:
         if source := self._source(name):

@@ -1,4 +1,4 @@
-"""envoy.service.ratelimit.v3.RateLimitService: Envoy's ratelimit filter asks with descriptors, its hits the quantity."""
+"""envoy.service.ratelimit.v3.RateLimitService: Envoy's ratelimit filter asks with descriptors, hits as quantity."""
 
 from __future__ import annotations
 

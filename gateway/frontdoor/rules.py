@@ -102,6 +102,7 @@ class Call(msgspec.Struct, frozen=True):
     feature: Source
     quantity: Source
     key: Source
+    key_suffix: str  # two calls for one request need two keys
     subject: Source | None
     dimensions: tuple[tuple[str, Source], ...]
     mode: Mode

@@ -122,6 +122,8 @@ MISTAKES = {
     rule(f"{FIELDS}, dimensions: {{{', '.join(f'd{n}: a' for n in range(9))}}}"): (
         "requests.rules[0].dimensions: has 9 dimensions with the defaults; expected at most 8"
     ),
+    rule(f"{FIELDS}, key_suffix: '{{x}}'"): "requests.rules[0].key_suffix: '{x}' has a character outside",
+    rule(f"{FIELDS}, key_suffix: {'x' * 33}"): "requests.rules[0].key_suffix: has 33 characters; expected at most 32",
     rule(f"{FIELDS}, mode: sometimes"): "requests.rules[0].mode: Invalid enum value 'sometimes'",
     rule(f"{FIELDS}, shadow: 3"): "requests.rules[0].shadow: Expected `bool",
     rule(f"{FIELDS}, replays: never"): "requests.rules[0].replays: Invalid enum value 'never'",
@@ -309,6 +311,15 @@ def test_a_quantity_of_zero(mode: str, hits: int, found: str) -> None:
         assert found and found in got.message
     else:
         assert isinstance(got, Passed) == (found == "passed")
+
+
+@pytest.mark.parametrize(
+    ("said", "key"),
+    [("", "k"), ("mode: adjust", "k/used"), ("mode: adjust, key_suffix: ''", "k"), ("key_suffix: /b", "k/b")],
+)
+def test_what_is_charged_afterwards_has_a_key_of_its_own(said: str, key: str) -> None:
+    found = of(f"{FIELDS}, {said}", Facts(x_customer="bob", x_request_id="k"))
+    assert isinstance(found, Asked) and found.key == key
 
 
 @pytest.mark.parametrize(
