@@ -25,6 +25,7 @@ from ledger_sync.telemetry import Figures
 from ledger_sync.worker import uninterrupted
 
 if TYPE_CHECKING:
+    from entitlement.opening import Opening
     from ledger_sync.ledger import Lease, Ledger, Presence
 
 LEASE: Final = "journal"
@@ -32,6 +33,7 @@ SHARE_EVERY_S: Final = 0.5  # how often the lanes are shared out: those of a pro
 BLOCK_MS: Final = 250  # a read waits no longer, and neither does a stop for it
 POLL_S: Final = 0.25  # how long a settled position may go unnoticed
 LAG_EVERY_S: Final = 5.0
+STRAY_S: Final = 5.0  # how long an entry that was delivered to nobody may go unnoticed
 
 log = structlog.get_logger(__name__)
 
@@ -78,6 +80,7 @@ class Lane:
         self._on_commit = on_commit
         self.opening: int | None = None  # of the hot store that is read
         self._in_hand = False
+        self._stray = False  # someone waits, and nothing is in hand
         self._asked = asyncio.Event()  # someone waits: do not linger
         self._done = asyncio.Event()  # of the batch in hand
 
@@ -95,16 +98,32 @@ class Lane:
         opening = await self._ledger.opening()
         self.opening = opening.number
         await self.reader.join(opening)
+        await self._settle_pending()
+        await self.reader.tell_settled(opening.number)
+        looked_s = monotonic()
+        while True:
+            self.beat()
+            lease.check()
+            await uninterrupted(self._turn(lease))
+            if self._stray or monotonic() > looked_s + STRAY_S:
+                self._stray, looked_s = False, monotonic()
+                await self._settle_strays(opening)
+
+    async def _settle_pending(self) -> None:
         async for entries in self.reader.pending():
             self.beat()
             batch = Batch()
             batch.add(entries)
             await uninterrupted(self._settle(batch))
-        await self.reader.tell_settled(opening.number)
-        while True:
-            self.beat()
-            lease.check()
-            await uninterrupted(self._turn(lease))
+
+    async def _settle_strays(self, opening: Opening) -> None:
+        """Between two turns nothing is pending, but for what was delivered to nobody: a read whose answer was lost has
+        run late, here or in another process. No record that comes later would show it where none comes.
+        """
+        if await self.reader.has_pending():
+            log.warning("entries were delivered to nobody", lane=self.reader.partitions[0])
+            await self.reader.join(opening)
+            await self._settle_pending()
 
     async def _turn(self, lease: Lease) -> None:
         if (batch := await self._collect(lease)).size:
@@ -202,6 +221,7 @@ class Lane:
             # What is in hand counts, even when the hot store has forgotten it meanwhile.
             if not self._in_hand and await self.reader.is_settled(stream, wanted):
                 return
+            self._stray = not self._in_hand
             self._asked.set()
             with suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S):

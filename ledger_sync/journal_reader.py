@@ -211,6 +211,10 @@ class JournalReader:
         (position,) = await self._positions([stream])
         return position is None or position.settled(stream_id)
 
+    async def has_pending(self) -> bool:
+        """Whether anything was read, by whomever, and is not acknowledged."""
+        return any(position and position.pending for position in await self._positions(self._streams))
+
     async def lag(self) -> Lag:
         """What is in these streams and not settled."""
         behind = [position for position in await self._positions(self._streams) if position and position.unsettled]

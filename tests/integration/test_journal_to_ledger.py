@@ -530,6 +530,23 @@ async def test_what_was_delivered_to_a_read_that_was_given_up_is_found_and_settl
         await asyncio.gather(task, return_exceptions=True)
 
 
+@pytest.mark.parametrize("member", ["one", "another"])
+async def test_what_was_delivered_to_nobody_is_settled_though_no_record_follows(pipe: Pipe, member: str) -> None:
+    """Where nothing is decided until the journal is settled, as at an opening, no record would come and show it."""
+    partition = pipe.hot.partition((TENANT, "ada"))
+    stream, drain = keys.journal(partition), pipe.drain()
+    async with running(drain):
+        await pipe.write(consumed("k1", 1, ("t", 1, 5, {1: 5})), partition=partition)
+        await pipe.until(lambda: pipe.booked == 1)
+        async with pipe.redis.pipeline(transaction=True) as late:
+            late.xadd(stream, {journal.FIELD: journal.encode(consumed("k2", 2, ("t", 1, 5, {1: 5})))})
+            late.xreadgroup(keys.GROUP, member, {stream: ">"}, count=1)
+            assert (await late.execute())[1], "it was delivered"
+        await pipe.settle(drain)
+        assert pipe.booked == 2
+        assert (await pipe.redis.xpending(stream, keys.GROUP))["pending"] == 0
+
+
 async def test_a_process_that_is_told_to_stop_finishes_what_it_has_in_hand(
     pipe: Pipe, valkey_url: str, database_dsn: str, seed: int
 ) -> None:
