@@ -76,11 +76,12 @@ def _passed(answer: Answer) -> external_auth_pb2.CheckResponse:
 
 def _denied(answer: Answer) -> external_auth_pb2.CheckResponse:
     told = (("content-type", "application/json"), *answer.headers)
-    status: Any = answer.status
     return external_auth_pb2.CheckResponse(
         status=external_auth_pb2.Status(code=_PERMISSION_DENIED, message=answer.message),
         denied_response=external_auth_pb2.DeniedHttpResponse(
-            status=http_status_pb2.HttpStatus(code=status), headers=_options(told), body=answer.body.decode()
+            status=http_status_pb2.HttpStatus(code=answer.status),  # type: ignore[arg-type]
+            headers=_options(told),
+            body=answer.body.decode(),
         ),
     )
 

@@ -63,7 +63,10 @@ class ForwardDoor:
             await _send(context, answer, self._status(answer), bare=scope["method"] == "HEAD")
 
     def before(self, other: Door) -> Door:
-        """A door that serves this one's path by itself, whatever the call looks like, and passes all else on."""
+        """A door that serves this one's path, and what lies below it, whatever the call looks like; passes all else on.
+
+        Below it too: a proxy that adds to the path shall be told of it, and gRPC says no with 200, which is a yes there.
+        """
         return _Before(self, other)
 
     def _found(self, facts: RequestHeaders) -> asking.Found:
@@ -83,7 +86,9 @@ class _Before:
         self._door, self._other = door, other
 
     def serve(self, scope: Event, receive: Receive, send: Send) -> Awaitable[None]:
-        return (self._door if scope["path"] == PATH else self._other).serve(scope, receive, send)
+        path: str = scope["path"]
+        ours = path == PATH or path.startswith(f"{PATH}/")
+        return (self._door if ours else self._other).serve(scope, receive, send)
 
 
 async def _send(context: Context, answer: Answer, status: int, *, bare: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 import msgspec
@@ -18,6 +18,7 @@ from gateway.frontdoor.v3 import base_pb2, ratelimit_pb2, rls_pb2
 
 SERVICE = rls_pb2.DESCRIPTOR.services_by_name["RateLimitService"].full_name
 _Status = rls_pb2.RateLimitResponse.DescriptorStatus
+_Code: TypeAlias = "rls_pb2.RateLimitResponse.Code.ValueType"
 _OK, _OVER, _UNASKED = (
     rls_pb2.RateLimitResponse.OK,
     rls_pb2.RateLimitResponse.OVER_LIMIT,
@@ -82,7 +83,7 @@ class RateLimitService:
         answers = {
             place: await self._desk.answer(each) for place, each in enumerate(found) if not isinstance(each, Asked)
         }
-        codes: list[Any] = [_code(answers[place]) if place in answers else _UNASKED for place in range(len(found))]
+        codes: list[_Code] = [_code(answers[place]) if place in answers else _UNASKED for place in range(len(found))]
         if _OVER not in codes:  # Else nobody is asked.
             for group in _groups(found):
                 answer = await self._desk.ask(group.asked, group.key)
@@ -104,7 +105,7 @@ class RateLimitService:
         rule = self._table.descriptor(request.domain, entries)
         return asking.of_rule(rule, Descriptor(entries, hits), self._table, f"{request.domain} {sorted(entries)}"[:80])
 
-    def _status(self, code: Any, found: asking.Found, answer: Answer | None) -> _Status:
+    def _status(self, code: _Code, found: asking.Found, answer: Answer | None) -> _Status:
         """With the quota that the descriptor's feature is held to."""
         status = _Status(code=code)
         window = self._window(found, answer)
@@ -122,7 +123,7 @@ class RateLimitService:
         return window_of(quotas[0], self._clock()) if quotas else None
 
 
-def _code(answer: Answer) -> Any:
+def _code(answer: Answer) -> _Code:
     return _OK if answer.passes else _OVER
 
 
@@ -140,14 +141,14 @@ def _groups(found: list[asking.Found]) -> list[_Group]:
     return list(groups.values())
 
 
-def _denied(codes: list[Any], group: _Group, answer: Answer) -> list[Any]:
+def _denied(codes: list[_Code], group: _Group, answer: Answer) -> list[_Code]:
     """The line that failed is over; the others of its call were not consumed, and are not over either."""
     failed = -1 if answer.decision is None else answer.decision.failed_line
     over = set(group.places if failed < 0 else [group.places[failed]])
     return [_OVER if place in over else code for place, code in enumerate(codes)]
 
 
-def _response(code: Any, statuses: list[_Status], answer: Answer) -> rls_pb2.RateLimitResponse:
+def _response(code: _Code, statuses: list[_Status], answer: Answer) -> rls_pb2.RateLimitResponse:
     headers = [base_pb2.HeaderValue(key=name, value=value) for name, value in answer.headers]
     if answer.body:
         headers.append(base_pb2.HeaderValue(key="content-type", value="application/json"))

@@ -4,10 +4,11 @@ nano, and what does not has the status that its reason has.
 
 from __future__ import annotations
 
-import json
+import http.client
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic, sleep
 
 import grpc
 import pytest
@@ -180,6 +181,20 @@ def test_a_missing_header_is_never_a_free_request(proxy: FrontEnvoy, upstream: U
     assert upstream.requests == before
 
 
+def test_a_header_that_is_there_twice_names_nobody(proxy: FrontEnvoy, customer: Customer, balance: Balance) -> None:
+    who, other = customer(10), customer(10)
+    connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=DEADLINE_S)
+    try:
+        connection.putrequest("GET", "/v1")
+        for name in (who, other):
+            connection.putheader("x-customer", name)
+        connection.endheaders()
+        assert connection.getresponse().status == 400
+    finally:
+        connection.close()
+    assert (balance(who), balance(other)) == (10, 10)
+
+
 def test_a_missing_header_passes_where_the_mapping_says_so(
     proxy: FrontEnvoy, customer: Customer, balance: Balance
 ) -> None:
@@ -325,8 +340,6 @@ def test_what_was_used_is_charged_when_the_answer_has_ended(
 
 def until(look: Callable[[], int], wanted: int) -> int:
     """Envoy asks after it has answered, and tells nobody."""
-    from time import monotonic, sleep
-
     deadline = monotonic() + DEADLINE_S
     while (found := look()) != wanted and monotonic() < deadline:
         sleep(0.02)
@@ -371,23 +384,3 @@ def test_without_the_hot_store_the_contract_decides(tmp_path: Path, lenient: boo
                 assert upstream.requests == (3 if lenient else 2)
             finally:
                 valkey.resume()
-
-
-def test_json_is_a_front_door_too(gateway: GatewayProcess, customer: Customer) -> None:
-    """curl can ask what Envoy asks, where HTTP is served."""
-    import http.client
-
-    host, port = gateway.address.split(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=DEADLINE_S)
-    request = {"path": "/v1/x", "headers": {"x-customer": customer(5), "x-request-id": uuid.uuid4().hex}}
-    body = json.dumps({"attributes": {"request": {"http": request}}})
-    try:
-        connection.request(
-            "POST", "/envoy.service.auth.v3.Authorization/Check", body, {"content-type": "application/json"}
-        )
-        answer = json.loads(connection.getresponse().read())
-    except (http.client.HTTPException, OSError):
-        pytest.skip("grpcio serves gRPC alone")
-    finally:
-        connection.close()
-    assert "okResponse" in answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import importlib.util
+import json
 import re
 import shutil
 import stat
@@ -12,9 +13,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic, sleep
 
 import grpc
 import pytest
+import redis
 
 from entitlement.account import HotGrant, Quota
 from entitlement.catalog import Feature
@@ -84,9 +87,10 @@ def test_any_method_is_answered(gateway: GatewayProcess, customer: Callable[...,
 @pytest.mark.parametrize("content", ["application/grpc", "application/grpc+proto", "application/json", "text/plain"])
 def test_what_is_passed_on_cannot_choose_another_door(gateway: GatewayProcess, content: str) -> None:
     """gRPC says no with HTTP 200: a proxy would take it for a yes."""
-    for method in ("GET", "POST"):
-        answer = fetch(gateway.address, "/v1/authorize", method, ASKED | {"content-type": content})
-        assert (answer.status, answer.headers["x-entitlement-reason"]) == (403, "MISSING")
+    for path in ("/v1/authorize", "/v1/authorize?x=1", "/v1/authorize/", "/v1/authorize/v1/chat"):
+        for method in ("GET", "POST"):
+            answer = fetch(gateway.address, path, method, ASKED | {"content-type": content})
+            assert (answer.status, answer.headers["x-entitlement-reason"]) == (403, "MISSING")
 
 
 def test_denials_have_their_status_and_body(gateway: GatewayProcess, customer: Callable[..., str]) -> None:
@@ -139,7 +143,22 @@ def test_a_body_is_not_looked_at(gateway: GatewayProcess, customer: Callable[...
 
 def test_the_other_doors_stay_as_they_are(gateway: GatewayProcess) -> None:
     assert fetch(gateway.address, "/v1/authorized").status == 405
-    assert fetch(gateway.address, "/v1/authorize/x", "POST", {"content-type": "application/json"}).status == 404
+    assert fetch(gateway.address, "/v1/nope", "POST", {"content-type": "application/json"}).status == 404
+
+
+def test_curl_can_ask_what_envoy_asks(gateway: GatewayProcess, customer: Callable[..., str]) -> None:
+    asked = {"path": "/v1/x", "headers": {"x-customer": customer(5), "x-request-id": uuid.uuid4().hex}}
+    host, _, port = gateway.address.rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=DEADLINE_S)
+    try:
+        body = json.dumps({"attributes": {"request": {"http": asked}}})
+        method = "/envoy.service.auth.v3.Authorization/Check"
+        connection.request("POST", method, body, {"content-type": "application/json"})
+        answer = json.loads(connection.getresponse().read())
+    finally:
+        connection.close()
+    told = {each["header"]["key"]: each["header"]["value"] for each in answer["okResponse"]["headers"]}
+    assert told[AVAILABLE] == "4"
 
 
 def test_without_forward_there_is_no_such_path(valkey_server: ValkeyProcess) -> None:
@@ -161,8 +180,6 @@ def test_a_mapping_that_is_not_sound_starts_nothing(valkey_server: ValkeyProcess
 def shop(valkey_server: ValkeyProcess) -> Iterator[str]:
     """The catalogue of prepaid-api.yaml, as far as the examples need it, and its customer with 3 cents."""
     with ValkeyProcess() as valkey:
-        import redis
-
         with redis.Redis.from_url(valkey.url) as client:
             features = (Feature("requests"), Feature("exports"))
             publish(client, card(1, rates=(REQUESTS, EXPORTS)), features=features)
@@ -263,8 +280,6 @@ def nginx() -> Path:
 
 def wait_for(holds: Callable[[], bool]) -> bool:
     """Envoy asks after it has answered, and tells nobody."""
-    from time import monotonic, sleep
-
     deadline = monotonic() + DEADLINE_S
     while not (held := holds()) and monotonic() < deadline:
         sleep(0.02)
