@@ -63,7 +63,7 @@ class ForwardDoor:
             await _send(context, answer, self._status(answer), bare=scope["method"] == "HEAD")
 
     def before(self, other: Door) -> Door:
-        """A door that serves this one's path, and what lies below it, whatever the call looks like; passes all else on.
+        """A door that serves this path and what lies below it, whatever the call looks like, and passes all else on.
 
         Below it too: a proxy that adds to the path shall be told of it, and gRPC says no with 200, which is a yes there.
         """
