@@ -65,7 +65,7 @@ class ForwardDoor:
     def before(self, other: Door) -> Door:
         """A door that serves this path and what lies below it, whatever the call looks like, and passes all else on.
 
-        Below it too: a proxy that adds to the path shall be told of it, and gRPC says no with 200, which is a yes there.
+        Below it too: a proxy may add to the path, and gRPC would say no with HTTP 200, which is a yes there.
         """
         return _Before(self, other)
 
