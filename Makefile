@@ -36,7 +36,7 @@ format: venv  ## formats and sorts imports
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-proto: venv  ## entitlement/v1 from proto/
+proto: venv  ## the stubs from proto/
 	$(BIN)/python .ci/stubs.py
 
 lock: venv  ## .ci/requirements.txt from pyproject.toml; ARGS=--upgrade for newer versions

@@ -101,6 +101,9 @@ class Process:
         self._drain_s = settings.drain_ms / 1000
         self._core = Core(settings)
         self._transport = GrpcioTransport(self._core.servicers.register, settings)
+        front = self._core.servicers.front
+        if front is not None and front.forward is not None:
+            _log.warning("frontdoor", forward="not served: grpcio serves gRPC alone")
 
     @property
     def addresses(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from entitlement.catalog import Durability
 from entitlement.errors import InvalidArgument
 from entitlement.identity import check_id
 from entitlement.quantity import parse_integer, within
+from gateway.frontdoor import mapping
 from gateway.store.connection import Endpoint
 
 PREFIX = "ENTITLEMENT_GATEWAY_"
@@ -43,6 +44,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     durability: str = "receipt"  # redis, receipt+replica: what a grant rests on when its feature does not say
     receipts_dir: str = ""  # where gateways of this machine keep receipts; empty: <state home>/entitlement-gateway
     receipts_max_mib: int = 1_024  # 16..1048576: receipts that are not settled; beyond it nothing is granted
+    frontdoor: str = ""  # the mapping file of front doors for Envoy, nginx and others; empty: none are opened
     max_in_flight: int = 4_096  # 1..1000000 decisions; beyond it RESOURCE_EXHAUSTED
     max_message_bytes: int = 4_194_304  # 1024..67108864
     drain_ms: int = 5_000  # 0..600000: how long calls in flight may finish after SIGTERM
@@ -127,6 +129,8 @@ def _checked(settings: Settings) -> Settings:
         raise InvalidArgument("tls_client_ca", "needs tls_cert and tls_key")
     if not settings.addresses:
         raise InvalidArgument("listen", "is empty; expected host:port or unix:/path, comma-separated")
+    if settings.frontdoor:
+        mapping.load(settings.frontdoor)
     for address in settings.addresses:
         _check_address(address, safe=settings.insecure or bool(settings.tls_cert))
     return settings

@@ -17,6 +17,7 @@ from gateway.client.errors import (
     Unauthenticated,
     Unavailable,
 )
+from gateway.client.hold_calls import TaskHold, ThreadHold
 from gateway.client.holds import Reservation, Settlement
 from gateway.client.options import Tls
 from gateway.client.sync import SyncClient
@@ -55,6 +56,8 @@ __all__ = [
     "Settlement",
     "SubjectLimit",
     "SyncClient",
+    "TaskHold",
+    "ThreadHold",
     "Tls",
     "Unauthenticated",
     "Unavailable",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+import grpc
 import msgspec
 
 from gateway.client.errors import RETRIED, EntitlementCallError
@@ -32,6 +33,7 @@ class Attempts:
         self._timeout = timeout_s
         self._clock = clock
         self._failures = 0
+        self._away: EntitlementCallError | None = None  # the attempt before has failed with it
         self._deadline: float | None = clock() + timeout_s
 
     def left_s(self) -> float:
@@ -40,10 +42,15 @@ class Attempts:
 
     def answered(self) -> None:
         """A stream that has answered has no deadline until it fails."""
-        self._failures, self._deadline = 0, None
+        self._failures, self._away, self._deadline = 0, None, None
 
     def pause_s(self, problem: EntitlementCallError) -> float:
-        """How long to wait before the next attempt. Raises `problem` when there may be none."""
+        """How long to wait before the next attempt. Raises `problem` when there may be none; or, when the deadline alone
+        has ended this attempt, that the gateway was away before.
+        """
+        if problem.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise self._away or problem
+        self._away = problem if problem.code is grpc.StatusCode.UNAVAILABLE else None
         if self._deadline is None:
             self._deadline = self._clock() + self._timeout
         self._failures += 1

@@ -12,6 +12,7 @@ import sys
 
 from entitlement.errors import EntitlementError
 from gateway import telemetry
+from gateway.frontdoor.forward import Door
 from gateway.process import Core
 from gateway.settings import Settings, load
 from gateway.transport.asgi import GrpcApp
@@ -25,9 +26,13 @@ class Doors:
 
     def __init__(self, settings: Settings) -> None:
         self.core = Core(settings)
-        self.grpc = GrpcApp(settings.max_message_bytes)
-        self.json = JsonApp(self.grpc, settings.max_message_bytes)
-        self.core.servicers.register(self.grpc)
+        calls = GrpcApp(settings.max_message_bytes)
+        self.core.servicers.register(calls)
+        self.grpc: Door = calls
+        self.json: Door = JsonApp(calls, settings.max_message_bytes)
+        front = self.core.servicers.front
+        if front is not None and front.forward is not None:  # Before both: its callers pass on any content type.
+            self.grpc, self.json = front.forward.before(self.grpc), front.forward.before(self.json)
 
 
 async def app(scope: Event, receive: Receive, send: Send) -> None:

@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from entitlement.v1 import gateway_pb2
 from gateway.admission import Admission, Loader
 from gateway.denials import Denials
+from gateway.frontdoor.doors import FrontDoors
 from gateway.hold_service import HoldService
 from gateway.holds import Holds
 from gateway.service import GatewayService
@@ -36,7 +37,10 @@ class Registrar(Protocol):
 
 
 class Servicers:
-    """The gateway's service, health, and reflection when the settings ask for it."""
+    """The gateway's service, health, and front doors and reflection when the settings ask for them.
+
+    `front`: the front doors; of them a transport that serves HTTP serves `forward`.
+    """
 
     def __init__(
         self,
@@ -49,17 +53,22 @@ class Servicers:
     ) -> None:
         self._service = GatewayService(admission, store, loader, denials, settings.tenant)
         self._holds = HoldService(holds, denials, admission, settings.tenant)
+        file = settings.frontdoor
+        self.front = FrontDoors(file, admission, store, denials, settings.tenant) if file else None
         self._health = health.aio.HealthServicer()
         self._reflection = settings.reflection
         self._watch: asyncio.Task[None] | None = None
 
     def register(self, server: Registrar) -> None:
-        handlers = self._service.handlers() | self._holds.handlers()
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-        server.add_registered_method_handlers(SERVICE, handlers)
+        services = {SERVICE: self._service.handlers() | self._holds.handlers()} | (
+            self.front.services if self.front else {}
+        )
+        for service, handlers in services.items():
+            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+            server.add_registered_method_handlers(service, handlers)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._reflection:
-            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
 
     async def start(self, connected: Callable[[], bool]) -> None:

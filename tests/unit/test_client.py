@@ -666,6 +666,19 @@ def test_attempts_end_before_a_pause_that_would_pass_the_deadline() -> None:
         attempts.pause_s(wrong)
 
 
+def test_what_kept_a_call_from_its_answer_is_told_and_not_that_its_last_attempt_was_short() -> None:
+    attempts = Attempts(QUICK, 10, lambda: 0.0)
+    away, late, busy = (
+        call_error(code, "why") for code in (Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED, Status.RESOURCE_EXHAUSTED)
+    )
+    attempts.pause_s(away)
+    with pytest.raises(Unavailable):
+        attempts.pause_s(late)
+    attempts.pause_s(busy)
+    with pytest.raises(DeadlineExceeded):  # "Overloaded" would say that nothing was done.
+        attempts.pause_s(late)
+
+
 @pytest.mark.parametrize("error", [call_error(Status.UNAVAILABLE, "away", "k"), ClientClosed("closed", "k")])
 def test_errors_survive_pickling(error: EntitlementCallError) -> None:
     copy = pickle.loads(pickle.dumps(error))

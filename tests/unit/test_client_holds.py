@@ -76,7 +76,7 @@ class Caller:
         async with asyncio.timeout(20):
             if isinstance(self.client, SyncClient):
                 return await asyncio.to_thread(call, *args, **more)  # type: ignore[arg-type]
-            return await call(*args, **more)  # type: ignore[misc]
+            return await call(*args, **more)  # type: ignore[misc, no-any-return]
 
 
 @pytest.fixture(params=[Client, SyncClient], ids=["tasks", "threads"])
@@ -298,16 +298,24 @@ async def test_what_cannot_be_sent_is_refused_with_its_id(client: Caller, gatewa
 
 
 async def test_it_ends_at_its_deadline(
-    kind: Callable[..., Client | SyncClient], target: str, gateway: FakeGateway, folder: Path, call: Asked
+    kind: Callable[..., Client | SyncClient], target: str, gateway: FakeGateway, call: Asked
 ) -> None:
     gateway.open.clear()
-    for address, error in ((target, DeadlineExceeded), (f"unix:{folder}/nobody.sock", Unavailable)):
-        caller = Caller(kind(address, timeout_ms=150, backoff=QUICK))
-        await caller.start()
-        with pytest.raises(error) as refused:
-            await call[0](caller)
-        assert refused.value.key == call[1]
-        await caller.close()
+    caller = Caller(kind(target, timeout_ms=100))
+    await caller.start()
+    with pytest.raises(DeadlineExceeded) as refused:
+        await call[0](caller)
+    assert refused.value.key == call[1]
+    await caller.close()
+
+
+async def test_a_gateway_that_stays_away_is_unavailable(kind: Callable[..., Client | SyncClient], folder: Path) -> None:
+    caller = Caller(kind(f"unix:{folder}/nobody.sock", timeout_ms=1_000))
+    await caller.start()
+    with pytest.raises(Unavailable) as refused:
+        await caller.release("c", "h")
+    assert refused.value.key == "h"
+    await caller.close()
 
 
 async def test_one_beyond_the_limit_is_overloaded_here(
@@ -325,6 +333,115 @@ async def test_one_beyond_the_limit_is_overloaded_here(
     await asyncio.gather(*two)
     assert (await caller.release("c", "h")).allowed
     await caller.close()
+
+
+# A hold for a block
+
+
+class Block:
+    """What a test does in a block, told for tasks and done by either client."""
+
+    def __init__(self) -> None:
+        self.answers: list[bool] = []
+        self.steps: list[int | str] = []
+
+    def __call__(self, *steps: int | str) -> Block:
+        self.steps = list(steps)
+        return self
+
+    async def run(self, caller: Caller) -> None:
+        if isinstance(caller.client, SyncClient):
+            await asyncio.to_thread(self._in_thread, caller.client)
+        else:
+            await self._in_task(caller.client)
+
+    async def _in_task(self, client: Client) -> None:
+        async with client.hold("c", "t", 9, hold="h", ttl=timedelta(seconds=5)) as hold:
+            self.answers.append(hold.made.allowed)
+            for step in self.steps:
+                if step == "end":
+                    await hold.end()
+                elif isinstance(step, str):
+                    raise KeyError(step)
+                else:
+                    self.answers.append((await hold.report("t", step, key=f"s{step}")).allowed)
+
+    def _in_thread(self, client: SyncClient) -> None:
+        with client.hold("c", "t", 9, hold="h", ttl=timedelta(seconds=5)) as hold:
+            self.answers.append(hold.made.allowed)
+            for step in self.steps:
+                if step == "end":
+                    hold.end()
+                elif isinstance(step, str):
+                    raise KeyError(step)
+                else:
+                    self.answers.append(hold.report("t", step, key=f"s{step}").allowed)
+
+
+RESERVED = pb.ReserveRequest(
+    hold_id="h", customer="c", usage=[pb.Usage(feature="t", quantity=9)], ttl=Duration(seconds=5)
+)
+CLOSED = pb.SettleRequest(hold_id="h", customer="c", idempotency_key="made-1", final=True)
+RELEASED = pb.ReleaseRequest(hold_id="h", customer="c")
+
+
+def reported(quantity: int) -> pb.SettleRequest:
+    used = [pb.Usage(feature="t", quantity=quantity)]
+    return pb.SettleRequest(hold_id="h", customer="c", idempotency_key=f"s{quantity}", usage=used)
+
+
+async def test_a_block_reports_and_gives_the_rest_back(client: Caller, gateway: FakeGateway) -> None:
+    block = Block()
+    await block(3, 4).run(client)
+    assert gateway.held == [RESERVED, reported(3), reported(4), CLOSED] and block.answers == [True] * 3
+
+
+async def test_a_block_that_reports_nothing_releases(client: Caller, gateway: FakeGateway) -> None:
+    await Block()().run(client)
+    assert gateway.held == [RESERVED, RELEASED]
+
+
+async def test_a_block_that_is_denied_ends_nothing(client: Caller, gateway: FakeGateway) -> None:
+    gateway.hold_answers.append(pb.ReserveResponse(verdict=pb.VERDICT_DENY))
+    block = Block()
+    await block().run(client)
+    assert gateway.held == [RESERVED] and block.answers == [False]
+
+
+async def test_a_block_may_end_its_hold_itself(client: Caller, gateway: FakeGateway) -> None:
+    await Block()(3, "end", "end").run(client)
+    assert gateway.held == [RESERVED, reported(3), CLOSED]
+
+
+@pytest.mark.parametrize(("steps", "end"), [((), RELEASED), ((3,), CLOSED)])
+async def test_a_block_that_raises_gives_the_rest_back_and_its_error_is_told(
+    client: Caller, gateway: FakeGateway, steps: tuple[int, ...], end: HoldCall
+) -> None:
+    for fault in (Status.OK, Status.INTERNAL):  # of the end: the block's own error is the one to know
+        gateway.held.clear()
+        gateway.faults.extend([(Status.OK, "")] * (1 + len(steps)) + [(fault, "no end")])
+        with pytest.raises(KeyError, match="broken"):
+            await Block()(*steps, "broken").run(client)
+        assert [type(call) for call in gateway.held] == [type(call) for call in (RESERVED, *map(reported, steps), end)]
+
+
+async def test_an_end_that_fails_is_told(client: Caller, gateway: FakeGateway) -> None:
+    gateway.faults.extend([(Status.OK, ""), (Status.INTERNAL, "no end")])
+    with pytest.raises(EntitlementCallError, match="no end"):
+        await Block()().run(client)
+
+
+async def test_what_may_not_have_been_charged_leaves_the_hold_open(client: Caller, gateway: FakeGateway) -> None:
+    gateway.faults.extend([(Status.OK, ""), (Status.OK, ""), (Status.INTERNAL, "lost")])
+    with pytest.raises(EntitlementCallError, match="lost"):
+        await Block()(3, 4).run(client)
+    assert gateway.held == [RESERVED, reported(3), reported(4)]
+    gateway.held.clear()
+    gateway.hold_answers.extend(
+        [pb.ReserveResponse(verdict=pb.VERDICT_ALLOW), pb.SettleResponse(verdict=pb.VERDICT_DENY)]
+    )
+    await Block()(5).run(client)
+    assert gateway.held == [RESERVED, reported(5)]
 
 
 # From start to close

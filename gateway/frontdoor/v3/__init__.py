@@ -1,0 +1,1 @@
+"""Stubs generated from proto/envoy by `make proto`; only this file is written by hand."""
