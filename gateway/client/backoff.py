@@ -45,8 +45,8 @@ class Attempts:
         self._failures, self._away, self._deadline = 0, None, None
 
     def pause_s(self, problem: EntitlementCallError) -> float:
-        """How long to wait before the next attempt. Raises `problem` when there may be none; or, when the deadline alone
-        has ended this attempt, that the gateway was away before.
+        """How long to wait before the next attempt. Raises `problem` when there may be none; or, when the deadline has
+        cut this attempt short, that the gateway was away before.
         """
         if problem.code is grpc.StatusCode.DEADLINE_EXCEEDED:
             raise self._away or problem
