@@ -53,7 +53,7 @@ def parse_settle(tenant: str, message: pb.SettleRequest) -> Settle | Closing:
             )
         return Closing(tenant, check_id("customer", message.customer), hold, "S", key)
     asked = _asked(tenant, message, key, lines, mode=Mode.ADJUST_ONLY, event_ms=event_ms)
-    return Settle(asked, hold, message.final)
+    return Settle(asked, hold, message.final, message.number, message.number)
 
 
 def parse_release(tenant: str, message: pb.ReleaseRequest) -> Closing:

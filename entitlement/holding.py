@@ -26,13 +26,16 @@ from entitlement.decision import (
 )
 from entitlement.errors import CorruptRecord
 from entitlement.identity import key_digest
-from entitlement.records import Held
+from entitlement.quantity import NANOS
+from entitlement.records import Held, Settled
 from entitlement.v1 import gateway_pb2
 
 Argument = str | bytes | int
 What = Literal["R", "E", "S", "T"]  # release, expire, settle with nothing used, more time
 
-_EXPIRES = Struct("<d")
+_STANDING = Struct("<4d")  # of a hold: when it expires, its last report's number, what is left (pair)
+_SETTLED = Struct("<B2d")  # late, what is left (pair)
+_UNKNOWN = -1
 _UNITS = Struct("<dd")
 _GRANTED = (Verdict.ALLOW, Verdict.ALLOW_WITH_CAPS)
 
@@ -47,11 +50,15 @@ class Reserve(msgspec.Struct, frozen=True):
 
 
 class Settle(msgspec.Struct, frozen=True):
-    """What was used of a hold. `asked.key` is the report's; `asked.subject` is the hold's, and not known here."""
+    """What was used of a hold. `asked.key` is the report's; `asked.subject` is the hold's, and not known here. It may
+    be many reports of a stream, numbered `first` to `last`; 0: not numbered.
+    """
 
     asked: Consume
     hold: str
     final: bool
+    first: int = 0
+    last: int = 0
 
 
 class Closing(msgspec.Struct, frozen=True):
@@ -71,11 +78,21 @@ class Closing(msgspec.Struct, frozen=True):
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """A decision about a hold. `expires_ms`: 0 when there is nothing to expire. `late`: the hold had expired."""
+    """A decision about a hold. `expires_ms`: 0 when there is nothing to expire. `late`: the hold had expired. `number`:
+    of the last report. `left`: nanos that the hold still sets aside, -1: not known.
+    """
 
     decision: Decision
     expires_ms: int = 0
     late: bool = False
+    number: int = 0
+    left: int = -1
+
+
+class Unordered(msgspec.Struct, frozen=True):
+    """The reports do not follow the last one that was charged, which has this number."""
+
+    number: int
 
 
 class NoHold(msgspec.Struct, frozen=True):
@@ -111,12 +128,13 @@ class Hold(msgspec.Struct, frozen=True):
     fingerprint: bytes
     record: Held
     extensions: tuple[Extension, ...] = ()
+    number: int = 0  # of the last report
 
     def fields(self, state: str, account: Account, now_ms: int) -> dict[str, str | bytes]:
         """Its hash in the hot store (see entitlement/lua/holds.lua), for an account that is about to be there."""
         fields: dict[str, str | bytes] = {
             "f": self.fingerprint,
-            "a": _answer(self.record, account, now_ms, self.record.expires_ms),
+            "a": _answer(self.record, account, now_ms),
             "s": state,
             "e": str(account.epoch),
             "c": str(self.created_ms),
@@ -125,10 +143,11 @@ class Hold(msgspec.Struct, frozen=True):
             "u": self.subject,
             "w": str(self._window(account)),
             "l": b"".join(_line(line, account) for line in self.lines),
+            "m": str(self.number),
         }
         for extension in self.extensions:
             key = _key(extension.record)
-            fields[f"k:{key}"] = extension.fingerprint + _answer(extension.record, account, now_ms, self.expires_ms)
+            fields[f"k:{key}"] = extension.fingerprint + _answer(extension.record, account, now_ms)
         return fields
 
     def _window(self, account: Account) -> int:
@@ -151,7 +170,7 @@ def _key(record: Held) -> str:
     return gateway_pb2.ExtendRequest.FromString(record.request).idempotency_key
 
 
-def _answer(record: Held, account: Account, now_ms: int, expires_ms: int) -> bytes:
+def _answer(record: Held, account: Account, now_ms: int) -> bytes:
     """As it was answered, with the balance of now."""
     decision = Decision(
         Verdict.ALLOW,
@@ -171,10 +190,15 @@ def _answer(record: Held, account: Account, now_ms: int, expires_ms: int) -> byt
         quotas=(),
         replayed=False,
     )
-    return pack_answer(decision) + _EXPIRES.pack(expires_ms)
+    return pack_answer(decision)
 
 
-HoldOutcome = Kept | NoHold | Outcome
+def remembered_tail(record: Settled) -> bytes:
+    """What stands after the answer to a settled report."""
+    return _SETTLED.pack(record.late, _UNKNOWN, 0)
+
+
+HoldOutcome = Kept | NoHold | Unordered | Outcome
 
 
 def hold_key(tenant: str, customer: str, hold: str, partition: int) -> bytes:
@@ -216,7 +240,8 @@ def settle_keys(settle: Settle, partition: int) -> tuple[str | bytes, ...]:
 def settle_arguments(settle: Settle, charge: Charge, limits: Limits, *, replay: bool = False) -> list[Argument]:
     """ARGV of settle.lua."""
     asked = settle.asked
-    return [*_asked(asked, charge, limits), settle.hold, int(settle.final), int(replay), asked.subject]
+    rest = (settle.hold, int(settle.final), int(replay), asked.subject, settle.first, settle.last)
+    return [*_asked(asked, charge, limits), *rest]
 
 
 def close_keys(closing: Closing, partition: int) -> tuple[str | bytes, ...]:
@@ -252,10 +277,10 @@ def parse_reserved(reply: bytes, asked: Consume) -> HoldOutcome:
     if outcome.verdict not in _GRANTED:
         return Kept(outcome)
     try:
-        (expires,) = _EXPIRES.unpack_from(reply, len(reply) - _EXPIRES.size)
-        return Kept(outcome, int(expires))
+        expires, number, high, low = map(int, _STANDING.unpack_from(reply, len(reply) - _STANDING.size))
     except (StructError, ValueError, OverflowError):
         raise CorruptRecord(f"the hot store answered {reply[:40]!r}") from None
+    return Kept(outcome, expires, number=number, left=high * NANOS + low)
 
 
 def parse_settled(reply: bytes, asked: Consume) -> HoldOutcome:
@@ -263,13 +288,21 @@ def parse_settled(reply: bytes, asked: Consume) -> HoldOutcome:
     outcome = _parse(reply, asked)
     if not isinstance(outcome, Decision):
         return outcome
-    return Kept(outcome, late=outcome.verdict in _GRANTED and reply[-1] == 1)
+    if outcome.verdict not in _GRANTED:
+        return Kept(outcome)
+    try:
+        late, high, low = _SETTLED.unpack_from(reply, len(reply) - _SETTLED.size)
+        left = int(high) * NANOS + int(low) if high >= 0 else -1
+    except (StructError, ValueError, OverflowError):
+        raise CorruptRecord(f"the hot store answered {reply[:40]!r}") from None
+    return Kept(outcome, late=late == 1, left=left)
 
 
-def _parse(reply: bytes, asked: Consume) -> NoHold | Outcome:
-    if reply.startswith(b"!HOLD "):
+def _parse(reply: bytes, asked: Consume) -> NoHold | Unordered | Outcome:
+    if reply.startswith((b"!HOLD ", b"!NUMBER ")):
+        word, _, number = reply.partition(b" ")
         try:
-            return NoHold(Reason(int(reply[6:])))
+            return NoHold(Reason(int(number))) if word == b"!HOLD" else Unordered(int(number))
         except ValueError:
             raise CorruptRecord(f"the hot store answered {reply[:40]!r}") from None
     return parse_outcome(reply, asked)

@@ -1,24 +1,29 @@
-"""Reserve, Extend, Settle and Release: protobuf to domain and back. No decisions here."""
+"""Reserve, Extend, Settle, Release and Meter: protobuf to domain and back. No decisions here."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any, TypeVar
 
 import grpc
+import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from entitlement.decision import Consume, Decision
-from entitlement.errors import EntitlementError
+from entitlement.errors import EntitlementError, InvalidArgument
 from entitlement.hold_requests import parse_extend, parse_release, parse_reserve, parse_settle
-from entitlement.holding import Closing, Kept, NoHold
+from entitlement.holding import Closing, Kept, NoHold, Unordered
 from entitlement.v1 import gateway_pb2 as pb
 from gateway.admission import Admission
 from gateway.answers import balance_of, consumed_of
 from gateway.denials import Denials
 from gateway.holds import Holds
+from gateway.meter import MeterStream
 from gateway.refusing import Context, refuse
 
+FINISH_S = 5.0  # for streams that break off when the gateway stops
+_log = structlog.get_logger(__name__)
 Answer = TypeVar("Answer")
 
 
@@ -30,6 +35,7 @@ class HoldService:
         self._denials = denials
         self._catalog = catalog
         self._tenant = tenant
+        self._closing: set[asyncio.Task[None]] = set()
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         unary = grpc.unary_unary_rpc_method_handler
@@ -38,6 +44,9 @@ class HoldService:
             "Extend": unary(self.extend, pb.ExtendRequest.FromString, pb.ExtendResponse.SerializeToString),
             "Settle": unary(self.settle, pb.SettleRequest.FromString, pb.SettleResponse.SerializeToString),
             "Release": unary(self.release, pb.ReleaseRequest.FromString, pb.ReleaseResponse.SerializeToString),
+            "Meter": grpc.stream_stream_rpc_method_handler(
+                self.meter, pb.MeterRequest.FromString, pb.MeterResponse.SerializeToString
+            ),
         }
 
     async def reserve(self, request: pb.ReserveRequest, context: Context) -> pb.ReserveResponse:
@@ -51,6 +60,30 @@ class HoldService:
 
     async def release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
         return await _or_refuse(self.released(request), context)
+
+    async def meter(self, requests: AsyncIterator[pb.MeterRequest], context: Context) -> None:
+        stream = MeterStream(self._holds, self._tenant, context.write)
+        try:
+            await stream.run(requests)
+        except EntitlementError as error:
+            await self._finish(stream)
+            await refuse(context, error)
+        finally:
+            if not stream.closed:  # Cancelled: the caller has gone, and waits for nothing.
+                closing = asyncio.create_task(self._finish(stream))
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
+
+    async def _finish(self, stream: MeterStream) -> None:
+        try:
+            await stream.close()
+        except EntitlementError as error:  # The hold expires; what was not acknowledged is the caller's to send again.
+            _log.warning("a stream could not be settled", error=str(error))
+
+    async def stop(self) -> None:
+        """Returns when streams that have broken off are settled, or could not be in time: then their holds expire."""
+        if self._closing:
+            await asyncio.wait(self._closing, timeout=FINISH_S)
 
     async def reserved(self, request: pb.ReserveRequest) -> pb.ReserveResponse:
         """Raises EntitlementError; so do the others."""
@@ -91,6 +124,10 @@ class HoldService:
     async def settled(self, request: pb.SettleRequest) -> pb.SettleResponse:
         settle = parse_settle(self._tenant, request)
         kept = await (self._holds.close(settle) if isinstance(settle, Closing) else self._holds.settle(settle))
+        if isinstance(kept, Unordered):
+            raise InvalidArgument(
+                "number", f"{request.number} does not follow {kept.number}, the last that was charged"
+            )
         if isinstance(kept, NoHold):
             return pb.SettleResponse(verdict=pb.VERDICT_DENY, reason=_reason(kept))
         decision = kept.decision

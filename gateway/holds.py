@@ -7,7 +7,7 @@ from typing import Protocol
 
 from entitlement.decision import Charge, Consume, Mismatch, NotLoaded, OutOfRange, OutOfTime, Stale
 from entitlement.errors import Unavailable
-from entitlement.holding import Closing, HoldOutcome, Kept, NoHold, Reserve, Settle
+from entitlement.holding import Closing, HoldOutcome, Kept, NoHold, Reserve, Settle, Unordered
 from gateway.admission import MAX_ATTEMPTS, Admission, Loader, refusal
 from gateway.catalog import Catalog
 
@@ -33,17 +33,22 @@ class Holds:
         self._admission = admission
 
     async def reserve(self, reserve: Reserve) -> Kept | NoHold:
-        return await self._decide(reserve.asked, lambda charge: self._store.reserve(reserve, charge))
+        found = await self._decide(reserve.asked, lambda charge: self._store.reserve(reserve, charge))
+        assert not isinstance(found, Unordered), "nothing is reported"
+        return found
 
-    async def settle(self, settle: Settle) -> Kept | NoHold:
+    async def settle(self, settle: Settle) -> Kept | NoHold | Unordered:
+        """Unordered: its reports do not follow the last one that was charged."""
         return await self._decide(settle.asked, lambda charge: self._store.settle(settle, charge))
 
     async def close(self, closing: Closing) -> Kept | NoHold:
-        return await self._decide(closing.asked, lambda _: self._store.close(closing), priced=False)
+        found = await self._decide(closing.asked, lambda _: self._store.close(closing), priced=False)
+        assert not isinstance(found, Unordered), "nothing is reported"
+        return found
 
     async def _decide(
         self, asked: Consume, attempt: Callable[[Charge], Awaitable[HoldOutcome]], *, priced: bool = True
-    ) -> Kept | NoHold:
+    ) -> Kept | NoHold | Unordered:
         self._admission.check_room(1)
         self._admission.in_flight += 1
         try:
@@ -51,7 +56,7 @@ class Holds:
             for _ in range(MAX_ATTEMPTS):
                 outcome = await attempt(self._catalog.price(asked, plan) if priced else _UNPRICED)
                 match outcome:
-                    case Kept() | NoHold():
+                    case Kept() | NoHold() | Unordered():
                         return outcome
                     case NotLoaded():
                         await self._loader.load(asked.tenant, asked.customer)

@@ -81,6 +81,7 @@ class Core:
 
     async def stop(self) -> None:
         await self.servicers.stop()
+        await self.servicers.finish()
         await self._control.stop()
         if self._tending is not None:
             self._tending.cancel()

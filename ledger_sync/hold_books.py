@@ -13,6 +13,7 @@ import msgspec
 from entitlement.holding import Extension, Hold, HoldLine
 from entitlement.identity import fingerprint
 from entitlement.journal import Close, Ended, Held, HeldLine, Record, Settled
+from entitlement.v1.gateway_pb2 import SettleRequest
 from ledger_sync.hot_deltas import feature_of
 
 HoldName = tuple[str, str, str]  # tenant, customer, hold
@@ -139,5 +140,9 @@ def _used(hold: Hold, record: Settled) -> Hold:
                 some = min(units, line.units)
                 left[index] = msgspec.structs.replace(line, units=line.units - some)
                 units -= some
-    lines = () if record.final else tuple(line for line in left if line.units)
-    return msgspec.structs.replace(hold, remaining=hold.remaining - record.taken - record.returned, lines=lines)
+    return msgspec.structs.replace(
+        hold,
+        remaining=hold.remaining - record.taken - record.returned,
+        lines=() if record.final else tuple(line for line in left if line.units),
+        number=max(hold.number, SettleRequest.FromString(record.request).number),
+    )

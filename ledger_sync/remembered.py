@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Final
 from entitlement.account import Account
 from entitlement.decision import Charged, Decision, Reason, Verdict, pack_answer
 from entitlement.errors import CorruptRecord
+from entitlement.holding import remembered_tail
 from entitlement.identity import key_digest
-from entitlement.journal import Consumed, decode
+from entitlement.journal import Consumed, Settled, decode
 from entitlement.periods import SECOND
 
 if TYPE_CHECKING:
@@ -60,7 +61,10 @@ def _answer(data: bytes, account: Account, now_ms: int) -> bytes:
     """
     try:
         record = decode(data)
-        return _packed(record, account, now_ms) if isinstance(record, Consumed) else b""
+        if not isinstance(record, Consumed):
+            return b""
+        answer = _packed(record, account, now_ms)
+        return answer + remembered_tail(record) if isinstance(record, Settled) else answer
     except (CorruptRecord, ValueError, StructError):  # The ledger still knows the key.
         return b""
 

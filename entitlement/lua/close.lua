@@ -19,7 +19,7 @@ if held.state == 'H' and held.epoch ~= a.epoch then return held.epoch > a.epoch 
 local function told(sign, expires)
   local h, l = available(a, read_grants(fields[3]), now)
   return sign .. a.credit .. '\0' .. struct.pack('<BBBBI4I6I4i5I4i5I4i5I4i5I4i5I4B', 1, 0, 255, 2, a.epoch, a.sequence, 0, h, l, a.sh, a.sl,
-    a.hh, a.hl, a.oh, a.ol, a.gh, a.gl, 0) .. struct.pack('<d', expires)
+    a.hh, a.hl, a.oh, a.ol, a.gh, a.gl, 0) .. standing(expires, held.number, expires > 0 and held.h or 0, expires > 0 and held.l or 0)
 end
 
 if held.state ~= 'H' then

@@ -1,6 +1,6 @@
 -- The end of reserve.lua, after decide.lua.
 if denied then
-  return '=' .. a.credit .. '\0' .. answer(available(a, read_grants(fields[3]), now)) .. struct.pack('<d', 0)
+  return '=' .. a.credit .. '\0' .. answer(available(a, read_grants(fields[3]), now)) .. standing(0, 0, 0, 0)
 end
 if total_h < 0 then total_h, total_l = 0, 0 end
 a.hh, a.hl = add(a.hh, a.hl, total_h, total_l)
@@ -26,7 +26,7 @@ if held then left_h, left_l = add(left_h, left_l, held.h, held.l) end
 journal(KEYS[3], 4, ARGV[5], a, now, '-',
   struct.pack('<dddBddBsssss', event, created, expires, held and 1 or 0, total_h, total_l, n, a.credit, ARGV[9], ARGV[10], ARGV[REST + 2], subject or '')
     .. table.concat(journaled) .. ARGV[2])
-local result = answer(available(a, read_grants(fields[3]), now)) .. struct.pack('<d', expires)
+local result = answer(available(a, read_grants(fields[3]), now))
 if held then
   redis.call('HSET', KEYS[2], 'x', integer(expires), 'n', text(left_h, left_l), 'l', write_lines(lines), 'k:' .. extension, ARGV[1] .. result)
 else
@@ -35,4 +35,4 @@ else
     'n', text(left_h, left_l), 'u', subject or '', 'w', own_h and integer(own.from + 1) or '0', 'l', write_lines(lines))
 end
 redis.call('ZADD', KEYS[4], expires, ARGV[5] .. ' ' .. ARGV[REST + 2])
-return '=' .. a.credit .. '\0' .. result
+return '=' .. a.credit .. '\0' .. result .. standing(expires, held and held.number or 0, left_h, left_l)

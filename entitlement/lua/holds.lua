@@ -4,14 +4,15 @@
 --       e epoch of the account that it is held in: of another epoch it is not there any more   c created, x expires (ms)
 --       n nanos left   u subject ('' none)   w start of the window that counted it on the subject's own limit, or 0
 --       l for each line: zero-terminated feature, units left and the start of the window that counted them on its quota, or 0
---       d digest of the key that settled it   k:<key> fingerprint and answer of an extension
+--       d digest of the key that settled it   k:<key> fingerprint and answer of an extension   m number of the last report
 -- x:<partition> (sorted set)  'tenant customer hold' by when it expires
 -- A hold that has ended is remembered as long as a key.
 local function read_hold(key)
-  local f = redis.call('HMGET', key, 's', 'e', 'c', 'x', 'n', 'u', 'w', 'l', 'd')
+  local f = redis.call('HMGET', key, 's', 'e', 'c', 'x', 'n', 'u', 'w', 'l', 'd', 'm')
   if not f[1] then return nil end
   local hold = {state = f[1], epoch = tonumber(f[2]), created = tonumber(f[3]), expires = tonumber(f[4]), text = f[8],
-    subject = f[6] ~= '' and f[6] or nil, window = tonumber(f[7]), settled_by = f[9], lines = {}}
+    subject = f[6] ~= '' and f[6] or nil, window = tonumber(f[7]), settled_by = f[9],
+    number = tonumber(f[10] or 0), lines = {}}
   hold.h, hold.l = num(f[5])
   local at = 1
   while at <= #f[8] do
@@ -60,6 +61,9 @@ local function let_go(hold, feature, units, quotas, account, now)
     end
   end
 end
+
+-- What is told of a hold beside the answer: when it expires, the last report's number, what is left of it.
+local function standing(expires, number, h, l) return struct.pack('<dddd', expires, number, h, l) end
 
 local function end_hold(key, index, member, state, memory)
   redis.call('HSET', key, 's', state, 'n', '0')

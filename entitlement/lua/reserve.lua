@@ -4,7 +4,7 @@
 -- KEYS  1 account   2 hold   3 journal   4 index of holds
 -- ARGV  as for consume.lua (mode 1, 2, or 4: as it was answered), then after the quantities: 1 subject or ''   2 hold id
 --       3 how long, ms   4 at most, ms   5 key of the extension, '' = a new hold   6 '1': replayed
--- Returns as consume.lua, with the time at which it expires (8 bytes) after the answer; '!HOLD reason' of an extension.
+-- Returns as consume.lua, and how the hold stands after the answer (see holds.lua); '!HOLD reason' of an extension.
 local ARGS, NONE = 13, 255
 local n = tonumber(ARGV[13])
 local QUANTITIES = ARGS + 4 * n
@@ -27,6 +27,7 @@ if held then
     if first then
       if first[1] ~= ARGV[1] then return '!MISMATCH' end
       return '~' .. (c and string.match(c, '^%S %S %S+ (%S+)') or '') .. '\0' .. first[2]
+        .. standing(held.expires, held.number, held.h, held.l)
     end
     if held.state ~= 'H' then return '!HOLD 13' end
     subject = held.subject

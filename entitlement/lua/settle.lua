@@ -3,8 +3,9 @@
 --
 -- KEYS  1 account   2 idempotency record   3 journal   4 hold   5 index of holds
 -- ARGV  as for consume.lua with mode 4, then after the quantities: 1 hold id   2 '1': final   3 '1': replayed, as it was
---       answered   4 the subject, of a replay whose hold is gone
--- Returns as consume.lua, with 1 (late) or 0 as one byte after the answer; '!HOLD 12' not found, '!HOLD 13' it has
+--       answered   4 the subject, of a replay whose hold is gone   5, 6 the reports in it, from number to number; 0 = unnumbered
+-- Returns as consume.lua, then 1 (late) or 0 as a byte and what is left of the hold as a pair; '!NUMBER last': its reports do
+--       not follow the last one; '!HOLD 12' not found, '!HOLD 13' it has
 --       ended, '!HOLD 15' its account is being built anew.
 local stored = redis.call('GET', KEYS[2])
 if stored then
@@ -20,8 +21,9 @@ local held, replay, check = read_hold(KEYS[4]), ARGV[REST + 3] == '1', false
 if not replay then
   if not held then return no_hold(KEYS[1]) end
   if held.state ~= 'H' and held.state ~= 'E' then return '!HOLD 13' end
+  if ARGV[REST + 6] ~= '0' and tonumber(ARGV[REST + 5]) ~= held.number + 1 then return '!NUMBER ' .. integer(held.number) end
 end
 local late = held ~= nil and held.state == 'E'
 local subject = ARGV[REST + 4] ~= '' and ARGV[REST + 4] or nil
 if held then subject = held.subject end
-local kind, extra, suffix, finish = 5, '', struct.pack('B', late and 1 or 0), nil
+local kind, extra, suffix, finish = 5, '', '', nil

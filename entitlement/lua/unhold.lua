@@ -27,7 +27,11 @@ if not denied then
     if own_h and held.window == own.from + 1 then own_h, own_l = add(own_h, own_l, gone_h, gone_l) end
   end
   extra = struct.pack('<Bddddss', (final and 1 or 0) + (late and 2 or 0), taken_h, taken_l, back_h, back_l, ARGV[REST + 1], subject or '')
+  local left_h, left_l = held and held.h or 0, held and held.l or 0
+  suffix = struct.pack('<Bdd', late and 1 or 0, left_h, left_l)
+  local number = held and math.max(held.number, tonumber(ARGV[REST + 6])) or 0
   finish = held and function()
+    redis.call('HSET', KEYS[4], 'm', integer(number))
     if final then
       redis.call('HSET', KEYS[4], 'd', string.sub(KEYS[2], -16))
       end_hold(KEYS[4], KEYS[5], ARGV[5] .. ' ' .. ARGV[REST + 1], 'S', ARGV[6])

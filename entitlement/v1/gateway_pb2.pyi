@@ -664,11 +664,14 @@ class SettleRequest(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     FINAL_FIELD_NUMBER: _builtins.int
     EVENT_TIME_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     hold_id: _builtins.str
     customer: _builtins.str
     idempotency_key: _builtins.str
     """required; one per report"""
     final: _builtins.bool
+    number: _builtins.int
+    """Meter: this report's place in its stream, from 1 without a gap"""
     @_builtins.property
     def usage(self) -> _containers.RepeatedCompositeFieldContainer[Global___Usage]:
         """used since the last report"""
@@ -684,10 +687,11 @@ class SettleRequest(_message.Message):
         usage: _abc.Iterable[Global___Usage] | None = ...,
         final: _builtins.bool = ...,
         event_time: _timestamp_pb2.Timestamp | None = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["event_time", b"event_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["customer", b"customer", "event_time", b"event_time", "final", b"final", "hold_id", b"hold_id", "idempotency_key", b"idempotency_key", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["customer", b"customer", "event_time", b"event_time", "final", b"final", "hold_id", b"hold_id", "idempotency_key", b"idempotency_key", "number", b"number", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -836,10 +840,13 @@ class MeterResponse(_message.Message):
     UNITS_LEFT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     BALANCE_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     signal: Global___MeterResponse.Signal.ValueType
     units_left: _builtins.int
     """of the scarcest feature, for WIND_DOWN"""
     reason: Global___Reason.ValueType
+    acknowledged: _builtins.int
+    """the reports up to this number are charged, and need not be sent again"""
     @_builtins.property
     def balance(self) -> Global___Balance: ...
     def __init__(
@@ -849,10 +856,11 @@ class MeterResponse(_message.Message):
         units_left: _builtins.int = ...,
         reason: Global___Reason.ValueType = ...,
         balance: Global___Balance | None = ...,
+        acknowledged: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "reason", b"reason", "signal", b"signal", "units_left", b"units_left"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "balance", b"balance", "reason", b"reason", "signal", b"signal", "units_left", b"units_left"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -137,7 +137,8 @@ class EntitlementGatewayServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Meter(self, request_iterator, context):
-        """One LLM stream: report usage as it happens, be told CONTINUE, WIND_DOWN or STOP.
+        """One LLM stream: report usage as it happens, be told CONTINUE, WIND_DOWN or STOP. Opened again with the same hold
+        after a lost connection, it goes on after the report that it says is acknowledged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,7 +46,9 @@ class EntitlementGatewayStub:
     """Charges what was really used. May be repeated; `final` closes the hold and gives the rest back."""
     Release: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.ReleaseRequest, _gateway_pb2.ReleaseResponse]
     Meter: _grpc.StreamStreamMultiCallable[_gateway_pb2.MeterRequest, _gateway_pb2.MeterResponse]
-    """One LLM stream: report usage as it happens, be told CONTINUE, WIND_DOWN or STOP."""
+    """One LLM stream: report usage as it happens, be told CONTINUE, WIND_DOWN or STOP. Opened again with the same hold
+    after a lost connection, it goes on after the report that it says is acknowledged.
+    """
     GetBalance: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.GetBalanceRequest, _gateway_pb2.GetBalanceResponse]
     WatchBalance: _grpc.UnaryStreamMultiCallable[_gateway_pb2.GetBalanceRequest, _gateway_pb2.GetBalanceResponse]
     """The balance now, then every change."""
@@ -67,7 +69,9 @@ class EntitlementGatewayAsyncStub(EntitlementGatewayStub):
     """Charges what was really used. May be repeated; `final` closes the hold and gives the rest back."""
     Release: _aio.UnaryUnaryMultiCallable[_gateway_pb2.ReleaseRequest, _gateway_pb2.ReleaseResponse]  # type: ignore[assignment]
     Meter: _aio.StreamStreamMultiCallable[_gateway_pb2.MeterRequest, _gateway_pb2.MeterResponse]  # type: ignore[assignment]
-    """One LLM stream: report usage as it happens, be told CONTINUE, WIND_DOWN or STOP."""
+    """One LLM stream: report usage as it happens, be told CONTINUE, WIND_DOWN or STOP. Opened again with the same hold
+    after a lost connection, it goes on after the report that it says is acknowledged.
+    """
     GetBalance: _aio.UnaryUnaryMultiCallable[_gateway_pb2.GetBalanceRequest, _gateway_pb2.GetBalanceResponse]  # type: ignore[assignment]
     WatchBalance: _aio.UnaryStreamMultiCallable[_gateway_pb2.GetBalanceRequest, _gateway_pb2.GetBalanceResponse]  # type: ignore[assignment]
     """The balance now, then every change."""
@@ -125,7 +129,9 @@ class EntitlementGatewayServicer:
         request_iterator: _MaybeAsyncIterator[_gateway_pb2.MeterRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_gateway_pb2.MeterResponse], _abc.AsyncIterator[_gateway_pb2.MeterResponse]]:
-        """One LLM stream: report usage as it happens, be told CONTINUE, WIND_DOWN or STOP."""
+        """One LLM stream: report usage as it happens, be told CONTINUE, WIND_DOWN or STOP. Opened again with the same hold
+        after a lost connection, it goes on after the report that it says is acknowledged.
+        """
 
     def GetBalance(
         self,

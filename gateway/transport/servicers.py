@@ -83,6 +83,10 @@ class Servicers:
             await asyncio.gather(self._watch, return_exceptions=True)
         await self._health.enter_graceful_shutdown()
 
+    async def finish(self) -> None:
+        """Once no call comes any more: streams that broke off are settled when this returns, or could not be."""
+        await self._holds.stop()
+
     async def _say(self, *, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", SERVICE):
