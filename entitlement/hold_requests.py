@@ -36,7 +36,8 @@ def parse_extend(tenant: str, message: pb.ExtendRequest) -> Reserve | Closing:
     if not message.more:
         if not ttl_ms:
             raise InvalidArgument("ttl", "neither ttl nor more is set: there is nothing to extend")
-        return Closing(tenant, check_id("customer", message.customer), hold, "T", ttl_ms=ttl_ms)
+        payload = message.SerializeToString(deterministic=True)
+        return Closing(tenant, check_id("customer", message.customer), hold, "T", ttl_ms=ttl_ms, payload=payload)
     key = check_id("idempotency_key", message.idempotency_key)
     return Reserve(_asked(tenant, message, key, parse_lines(_More(message), Mode.NORMAL)), hold, ttl_ms, extension=True)
 
@@ -51,7 +52,8 @@ def parse_settle(tenant: str, message: pb.SettleRequest) -> Settle | Closing:
             raise InvalidArgument(
                 "usage", f"reports nothing and is not final; expected a quantity in 1..{MAX_QUANTITY}"
             )
-        return Closing(tenant, check_id("customer", message.customer), hold, "S", key)
+        payload = message.SerializeToString(deterministic=True)
+        return Closing(tenant, check_id("customer", message.customer), hold, "S", key, payload=payload)
     asked = _asked(tenant, message, key, lines, mode=Mode.ADJUST_ONLY, event_ms=event_ms)
     return Settle(asked, hold, message.final, message.number, message.number)
 

@@ -25,7 +25,7 @@ from entitlement.decision import (
     parse_outcome,
 )
 from entitlement.errors import CorruptRecord
-from entitlement.identity import key_digest
+from entitlement.identity import fingerprint, key_digest
 from entitlement.quantity import NANOS
 from entitlement.records import Held, Settled
 from entitlement.v1 import gateway_pb2
@@ -62,7 +62,9 @@ class Settle(msgspec.Struct, frozen=True):
 
 
 class Closing(msgspec.Struct, frozen=True):
-    """The end of a hold without usage, or more time for it. `key`: of the report that nothing was used."""
+    """The end of a hold without usage, or more time for it. `key`: of the report that nothing was used. `run_id`: of
+    the server on which it may expire.
+    """
 
     tenant: str
     customer: str
@@ -70,11 +72,14 @@ class Closing(msgspec.Struct, frozen=True):
     what: What
     key: str = ""
     ttl_ms: int = 0
+    payload: bytes = b""
+    run_id: str = ""
 
     @property
     def asked(self) -> Consume:
         """What its answer is read by: no lines."""
-        return Consume(self.tenant, self.customer, "", self.hold, Mode.ADJUST_ONLY, 0, (), b"")
+        key = self.key or self.hold
+        return Consume(self.tenant, self.customer, "", key, Mode.ADJUST_ONLY, 0, (), self.payload)
 
 
 class Kept(msgspec.Struct, frozen=True):
@@ -132,6 +137,8 @@ class Hold(msgspec.Struct, frozen=True):
 
     def fields(self, state: str, account: Account, now_ms: int) -> dict[str, str | bytes]:
         """Its hash in the hot store (see entitlement/lua/holds.lua), for an account that is about to be there."""
+        limit = account.subjects.get(self.subject)
+        window = limit.start_ms + 1 if limit is not None else 0
         fields: dict[str, str | bytes] = {
             "f": self.fingerprint,
             "a": _answer(self.record, account, now_ms),
@@ -141,8 +148,9 @@ class Hold(msgspec.Struct, frozen=True):
             "x": str(self.expires_ms),
             "n": str(self.remaining),
             "u": self.subject,
-            "w": str(self._window(account)),
-            "l": b"".join(_line(line, account) for line in self.lines),
+            "w": str(window),
+            "o": str(self.counted_since(window - 1) if window else 0),
+            "l": _lines(self.lines, account),
             "m": str(self.number),
         }
         for extension in self.extensions:
@@ -150,9 +158,14 @@ class Hold(msgspec.Struct, frozen=True):
             fields[f"k:{key}"] = extension.fingerprint + _answer(extension.record, account, now_ms)
         return fields
 
-    def _window(self, account: Account) -> int:
-        limit = account.subjects.get(self.subject)
-        return limit.start_ms + 1 if limit is not None and self.created_ms >= limit.start_ms else 0
+    def counted_since(self, start_ms: int) -> int:
+        """Nanos of it that a subject's window counts which began then."""
+        parts = (self.record, *(extension.record for extension in self.extensions))
+        return min(self.remaining, sum(part.amount for part in parts if _at(part) >= start_ms))
+
+
+def _at(record: Held) -> int:
+    return min(record.event_ms, record.recorded_ms)
 
 
 def counted(line: HoldLine, quota: Quota) -> bool:
@@ -160,10 +173,14 @@ def counted(line: HoldLine, quota: Quota) -> bool:
     return line.feature == quota.feature and line.at_ms >= quota.start_ms
 
 
-def _line(line: HoldLine, account: Account) -> bytes:
-    quota = account.quotas.get(line.feature)
-    start = quota.start_ms + 1 if quota is not None and counted(line, quota) else 0
-    return line.feature.encode() + b"\0" + _UNITS.pack(line.units, start)
+def _lines(lines: tuple[HoldLine, ...], account: Account) -> bytes:
+    """Units by feature and by the window of the quota that counts them."""
+    units: dict[tuple[str, int], int] = {}
+    for line in lines:
+        quota = account.quotas.get(line.feature)
+        start = quota.start_ms + 1 if quota is not None and counted(line, quota) else 0
+        units[line.feature, start] = units.get((line.feature, start), 0) + line.units
+    return b"".join(feature.encode() + b"\0" + _UNITS.pack(count, start) for (feature, start), count in units.items())
 
 
 def _key(record: Held) -> str:
@@ -247,24 +264,28 @@ def settle_arguments(settle: Settle, charge: Charge, limits: Limits, *, replay: 
 def close_keys(closing: Closing, partition: int) -> tuple[str | bytes, ...]:
     """KEYS of close.lua."""
     tenant, customer = closing.tenant, closing.customer
-    return (
+    names = (
         keys.account(partition, tenant, customer),
         hold_key(tenant, customer, closing.hold, partition),
         keys.journal(partition),
         keys.holds(partition),
     )
+    if not closing.key:
+        return names
+    return (*names, keys.idempotency(partition, key_digest(tenant, customer, closing.key)))
 
 
 def close_arguments(closing: Closing, limits: Limits) -> list[Argument]:
     """ARGV of close.lua."""
-    digest = key_digest(closing.tenant, closing.customer, closing.key) if closing.key else b""
     return [
-        *(closing.what, f"{closing.tenant} {closing.customer}", closing.hold, limits.remember_ms, digest),
-        *(closing.ttl_ms, limits.longest_hold_ms),
+        *(closing.what, f"{closing.tenant} {closing.customer}", closing.hold, limits.remember_ms),
+        *(fingerprint(closing.payload), closing.ttl_ms, limits.longest_hold_ms, closing.run_id),
     ]
 
 
 def _asked(asked: Consume, charge: Charge, limits: Limits) -> list[Argument]:
+    if charge.mode is not None:  # Of what is not metered: a call that consumes would only be checked.
+        charge = msgspec.structs.replace(charge, mode=None)
     arguments = consume_arguments(asked, charge, limits)
     return arguments[:-1] if asked.subject else arguments
 

@@ -25,6 +25,8 @@ from entitlement.holding import (
     Kept,
     Reserve,
     Settle,
+    close_arguments,
+    close_keys,
     parse_reserved,
     parse_settled,
     reserve_arguments,
@@ -69,7 +71,7 @@ class HoldReceipt(msgspec.Struct, frozen=True):
     plan: str
     version: str
     meters: tuple[str, ...]
-    call: Reserve | Settle
+    call: Reserve | Settle | Closing
     decision: Decision
     expires_ms: int = 0
 
@@ -117,7 +119,7 @@ def parse(data: bytes, tenant: str) -> Receipt | Granted | HoldReceipt:
     return Receipt(at_ms, plan, decision.rate_version or version, tuple(meters), request, reply[end + 1 :], decision)
 
 
-def _call(kind: int, tenant: str, payload: bytes) -> Reserve | Settle:
+def _call(kind: int, tenant: str, payload: bytes) -> Reserve | Settle | Closing:
     call: Reserve | Settle | Closing
     if kind == HELD:
         call = parse_reserve(tenant, gateway_pb2.ReserveRequest.FromString(payload))
@@ -125,15 +127,17 @@ def _call(kind: int, tenant: str, payload: bytes) -> Reserve | Settle:
         call = parse_extend(tenant, gateway_pb2.ExtendRequest.FromString(payload))
     else:
         call = parse_settle(tenant, gateway_pb2.SettleRequest.FromString(payload))
-    if isinstance(call, Closing):
+    if isinstance(call, Closing) and call.what != "T":
         raise CorruptRecord("receipt of a call that grants nothing")
     return call
 
 
 def _of_hold(
-    kind: int, at_ms: int, price: tuple[str, str, tuple[str, ...]], call: Reserve | Settle, reply: bytes
+    kind: int, at_ms: int, price: tuple[str, str, tuple[str, ...]], call: Reserve | Settle | Closing, reply: bytes
 ) -> HoldReceipt:
     plan, version, meters = price
+    if isinstance(call, Closing):
+        meters = ()
     kept = (parse_settled if kind == SETTLED else parse_reserved)(reply, call.asked)
     if not isinstance(kept, Kept) or not len(meters) == len(call.asked.lines) == len(kept.decision.charged):
         raise CorruptRecord(f"receipt has {len(call.asked.lines)} lines, and its answer is {str(kept)[:80]}")
@@ -147,6 +151,10 @@ def hold_replay(
     """The script, its KEYS and its ARGV that do once more what was answered, if this hot store does not know of it:
     nothing is priced or refused.
     """
+    left_ms = max(1, receipt.expires_ms - receipt.at_ms)
+    if isinstance(receipt.call, Closing):
+        longer = msgspec.structs.replace(receipt.call, ttl_ms=left_ms)
+        return "close", close_keys(longer, partition), close_arguments(longer, limits)
     lines = zip(receipt.meters, receipt.decision.charged, strict=True)
     rates = tuple(Price(meter, f"F {charged.amount}") for meter, charged in lines)
     charge = Charge(receipt.plan, int(receipt.version or 0), 0, 0, rates)
@@ -160,7 +168,6 @@ def hold_replay(
     call = msgspec.structs.replace(receipt.call, asked=asked)
     if isinstance(call, Settle):
         return "settle", settle_keys(call, partition), settle_arguments(call, charge, limits, replay=True)
-    left_ms = max(1, receipt.expires_ms - receipt.at_ms)
     call = msgspec.structs.replace(call, ttl_ms=left_ms if not call.extension else call.ttl_ms)
     return "reserve", reserve_keys(call, partition), reserve_arguments(call, charge, limits, replay=True)
 

@@ -110,7 +110,7 @@ class Fence:
             await asyncio.sleep(LOOK_S)
 
     async def _replay(self, connection: Connection, owed: Sequence[Segment], opening: Opening) -> None:
-        for name in ("replay", "consume", "reserve", "settle"):
+        for name in ("replay", "consume", "reserve", "settle", "close"):
             await connection.call(pack("SCRIPT", "LOAD", script(name)))
         before = self._receipts.replayed
         whole = []
@@ -154,6 +154,9 @@ class Fence:
         return kept and not state.again and not state.stuck
 
     async def _send(self, connection: Connection, calls: Sequence[_Call], state: _Pass) -> None:
+        waiting = {call.name for call in state.again}  # What they do next waits with them.
+        state.again += [call for call in calls if call.name in waiting]
+        calls = [call for call in calls if call.name not in waiting]
         replies = await connection.call_many([call.command for call in calls]) if calls else []
         for call, reply in zip(calls, replies, strict=True):
             self._done(call, reply, state)
@@ -182,6 +185,8 @@ class Fence:
             case Kept(Decision(verdict=Verdict.ALLOW | Verdict.ALLOW_WITH_CAPS, replayed=known)):
                 self._receipts.replayed += not known
             case Kept(Decision(reason=Reason.ACCOUNT_FROZEN)):
+                state.again.append(call)
+            case NoHold(Reason.ACCOUNT_FROZEN):
                 state.again.append(call)
             case NoHold():  # More of a hold that is not there, or has ended: nothing was charged by it.
                 return

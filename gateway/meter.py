@@ -101,13 +101,14 @@ class MeterStream:
         if isinstance(kept, NoHold) or kept.decision.verdict is Verdict.DENY:
             await self._stop(kept)
             return False
+        self._read = self._charged = kept.number
+        if kept.decision.replayed and not kept.expires_ms:
+            await self._stop(NoHold(Reason.HOLD_FINALIZED))
+            return False
         self.closed = False
         self._ttl_s = reserve.ttl_ms / 1000
         self._renew_s = self._loop.time() + self._ttl_s / 2
-        self._read = self._charged = kept.number
         self._add(reserve, kept)
-        if kept.decision.replayed and not kept.left:  # It has ended, or nothing is left of it: more shows which.
-            self._dry = Reason.INSUFFICIENT_CREDITS
         await self._tell(kept)
         return True
 
@@ -196,6 +197,10 @@ class MeterStream:
             return
         if isinstance(outcome, NoHold):
             await self._stop(outcome)
+            return
+        if outcome.late:  # Nothing is set aside any more: what is told from now on is charged, and so is what follows.
+            self._dry, self._left = Reason.HOLD_FINALIZED, 0
+            await self._tell(outcome)
             return
         self._left = max(0, outcome.left)
         if not final:

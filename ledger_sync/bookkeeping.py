@@ -72,7 +72,8 @@ SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[])
 ON CONFLICT (tenant, customer, period_start) DO UPDATE SET settled = p.settled + excluded.settled"""
 
 _HOLDS: Final = """
-SELECT h.tenant, h.customer, h.id, h.state, h.amount, h.remaining, h.expires_ms, h.changed_ms
+SELECT h.tenant, h.customer, h.id, h.state, h.amount, h.remaining, h.expires_ms, h.changed_ms, h.epoch,
+       h.sequence
 FROM holds h JOIN unnest($1::text[], $2::text[], $3::text[]) AS n (tenant, customer, id) USING (tenant, customer, id)"""
 
 _MOVES: Final = """
@@ -82,12 +83,12 @@ FROM hold_moves m
      USING (tenant, customer, epoch, sequence)"""
 
 _STANDING: Final = """
-INSERT INTO holds AS h (tenant, customer, id, state, amount, remaining, expires_ms, changed_ms)
+INSERT INTO holds AS h (tenant, customer, id, state, amount, remaining, expires_ms, changed_ms, epoch, sequence)
 SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::smallint[], $5::bigint[], $6::bigint[], $7::bigint[],
-                     $8::bigint[])
+                     $8::bigint[], $9::bigint[], $10::bigint[])
 ON CONFLICT (tenant, customer, id) DO UPDATE
 SET state = excluded.state, amount = excluded.amount, remaining = excluded.remaining, expires_ms = excluded.expires_ms,
-    changed_ms = excluded.changed_ms"""
+    changed_ms = excluded.changed_ms, epoch = excluded.epoch, sequence = excluded.sequence"""
 
 _UNITS: Final = """
 INSERT INTO meters AS m (tenant, customer, period_start, meter, quantity, amount)
@@ -258,7 +259,7 @@ async def _move(connection: Connection, settlement: Settlement) -> None:
 
 def _standing(holds: Mapping[HoldName, HoldRow]) -> list[tuple[object, ...]]:
     return [
-        (*name, int(row.state), row.amount, row.remaining, row.expires_ms, row.changed_ms)
+        (*name, int(row.state), row.amount, row.remaining, row.expires_ms, row.changed_ms, row.epoch, row.sequence)
         for name, row in sorted(holds.items())
     ]
 

@@ -96,7 +96,7 @@ class ControlPlane:
         """What becomes due by the clock, in the order in which it is tended."""
         return {
             "denials": GateDenials(self._ledger, self.hot),
-            "holds": HoldExpiry(self.hot),
+            "holds": HoldExpiry(self.hot, self.opener),
             "contracts": self.contracts,
             "expiry": Expiry(self._ledger, self.hot, self._settled),
             "allotments": Allotments(self._ledger),

@@ -45,6 +45,8 @@ class HoldRow(msgspec.Struct):
     remaining: int = 0
     expires_ms: int = 0
     changed_ms: int = 0
+    epoch: int = 0  # of the last record that changed it
+    sequence: int = 0
 
 
 def name_of(record: Moved) -> HoldName:
@@ -67,21 +69,30 @@ def effect(record: Moved) -> int:
             return -record.returned
 
 
-def follow(row: HoldRow | None, record: Moved) -> HoldRow:
-    """The row after a record."""
+def follow(row: HoldRow | None, record: Moved) -> tuple[HoldRow, int]:
+    """The row after a record, and by how much that changed the account's held. A record that comes after later ones
+    moves amounts, and no state; of a hold that has ended nothing is taken a second time.
+    """
     row = row or HoldRow(State.HELD)
-    row.remaining += effect(record)
-    row.changed_ms = record.recorded_ms
+    ended = row.state is not State.HELD
+    amount = effect(record)
+    if ended and amount < 0:
+        amount = max(amount, -max(row.remaining, 0))
+    row.remaining += amount
+    late = (record.epoch, record.sequence) < (row.epoch, row.sequence)
+    if isinstance(record, Held):
+        row.amount += record.amount
+    if late:
+        return row, amount
+    row.changed_ms, row.epoch, row.sequence = record.recorded_ms, record.epoch, record.sequence
     match record:
         case Held():
-            row.amount += record.amount
-            row.expires_ms = record.expires_ms
-            row.state = State.HELD
+            row.expires_ms, row.state = record.expires_ms, State.HELD
         case Settled():
             row.state = State.SETTLED if record.final else row.state
         case Ended():
             row.state = _ENDS[record.how]
-    return row
+    return row, amount
 
 
 def folded(records: Iterable[Moved]) -> Hold | None:

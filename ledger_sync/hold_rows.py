@@ -12,14 +12,14 @@ from entitlement.account import Account
 from entitlement.holding import Hold
 from entitlement.journal import decode
 from entitlement.periods import HOUR
-from ledger_sync.hold_books import Moved, State, folded, moved
+from ledger_sync.hold_books import Moved, State, effect, folded, moved
 
 if TYPE_CHECKING:
     from ledger_sync.ledger import Connection, Row
 
 Name = tuple[str, str]  # tenant, customer
 WINDOW_MS: Final = HOUR  # those that have ended within it are known in the hot store, too
-MAX_ENDED: Final = 1_000  # of one account, the newest
+MAX_ENDED: Final = 10_000  # of all accounts that are built together; of each its newest
 
 _OPEN: Final = """
 SELECT h.tenant, h.customer, h.id, h.state FROM holds h
@@ -34,7 +34,7 @@ FROM unnest($1::text[], $2::text[]) AS n (tenant, customer),
               ORDER BY h.changed_ms DESC LIMIT $4) AS h"""
 
 _MOVES: Final = """
-SELECT m.tenant, m.customer, m.hold, m.record
+SELECT m.tenant, m.customer, m.hold, m.amount, m.record
 FROM hold_moves m
      JOIN unnest($1::text[], $2::text[], $3::text[]) AS n (tenant, customer, hold) USING (tenant, customer, hold)
 ORDER BY m.tenant, m.customer, m.epoch, m.sequence"""
@@ -45,6 +45,7 @@ class Standing(msgspec.Struct, frozen=True):
 
     name: Name
     id: str
+    epoch: int
     fields: dict[str, str | bytes]
     expires_ms: int
 
@@ -59,12 +60,13 @@ async def holds_of(connection: Connection, accounts: Mapping[Name, Account], now
     names = _columns(list(accounts))
     rows = [
         *await connection.fetch(_OPEN, *names),
-        *await connection.fetch(_ENDED, *names, now_ms - WINDOW_MS, MAX_ENDED),
+        *await connection.fetch(_ENDED, *names, now_ms - WINDOW_MS, MAX_ENDED // max(1, len(accounts))),
     ]
     return [
         Standing(
             name,
             hold.id,
+            accounts[name].epoch,
             hold.fields(state.letter, accounts[name], now_ms),
             hold.expires_ms if state is State.HELD else 0,
         )
@@ -78,7 +80,8 @@ async def _holds(connection: Connection, rows: Sequence[Row]) -> list[tuple[Name
         return []
     moves: dict[tuple[str, str, str], list[Moved]] = defaultdict(list)
     for row in await connection.fetch(_MOVES, *(list(part) for part in zip(*states, strict=True))):
-        if record := moved(decode(row["record"])):
+        record = moved(decode(row["record"]))
+        if record and effect(record) == row["amount"]:  # Else it did not count: its account was gone.
             moves[row["tenant"], row["customer"], row["hold"]].append(record)
     found = [
         ((tenant, customer), folded(moves[tenant, customer, hold]), state)

@@ -133,24 +133,16 @@ class HotStore:
                         pipeline.set(keys.idempotency(self.partition(name), digest), value, px=for_ms, nx=True)
                     await pipeline.execute()
 
-    async def put_holds(self, holds: Iterable[Standing], remember_ms: int) -> None:
-        """Writes holds as they shall stand in accounts that are about to be installed; nothing stays of what was there
-        under their names. Those that have ended are remembered as long as a key.
-        """
-        wanted = list(holds)
-        async with _translated():
-            for first in range(0, len(wanted), CHUNK):
-                async with self._client.pipeline(transaction=True) as pipeline:
-                    for hold in wanted[first : first + CHUNK]:
-                        partition = self.partition(hold.name)
-                        key, member = hold_key(*hold.name, hold.id, partition), " ".join((*hold.name, hold.id))
-                        pipeline.delete(key)
-                        pipeline.hset(key, mapping=hold.fields)  # type: ignore[arg-type]
-                        if hold.expires_ms:
-                            pipeline.zadd(keys.holds(partition), {member: hold.expires_ms})
-                        else:
-                            pipeline.pexpire(key, remember_ms)
-                    await pipeline.execute()
+    async def put_holds(self, holds: Sequence[Standing], remember_ms: int, until_ms: int) -> None:
+        """Runs put_hold.lua for each: they count for nothing until their accounts are installed."""
+        calls = []
+        for hold in holds:
+            partition = self.partition(hold.name)
+            fields = [part for field in hold.fields.items() for part in field]
+            member = " ".join((*hold.name, hold.id))
+            names = (hold_key(*hold.name, hold.id, partition), keys.holds(partition))
+            calls.append(Call(names, (member, hold.epoch, hold.expires_ms, remember_ms, *fields, until_ms)))
+        await self._run(own.until("put_hold"), calls)
 
     async def expiring(self, now_ms: int, most: int) -> list[tuple[Name, str]]:
         """Holds whose time is over: whose, and which. At most so many of each partition."""
@@ -161,22 +153,15 @@ class HotStore:
         words = [_text(member).split(" ") for members in replies for member in members]
         return [((tenant, customer), hold) for tenant, customer, hold in words]
 
-    async def expire(self, holds: Sequence[tuple[Name, str]], limits: Limits) -> list[str]:
-        """Ends holds whose time is over; what close.lua returned for each, as its first word."""
+    async def expire(self, holds: Sequence[tuple[Name, str]], run_id: str, limits: Limits) -> list[str]:
+        """Ends holds whose time is over, on that server; what close.lua returned for each, as its first word."""
         calls = []
         for (tenant, customer), hold in holds:
-            closing = Closing(tenant, customer, hold, "E")
+            closing = Closing(tenant, customer, hold, "E", run_id=run_id)
             partition = self.partition((tenant, customer))
             calls.append(Call(close_keys(closing, partition), close_arguments(closing, limits)))
         replies = await self._run(lua.script("close"), calls)
         return [_bytes(reply)[:9].decode("latin-1") for reply in replies]
-
-    async def forget_holds(self, holds: Iterable[tuple[Name, str]]) -> None:
-        """Takes holds out of the index: nothing of them is set aside."""
-        async with _translated(), self._client.pipeline(transaction=False) as pipeline:
-            for name, hold in holds:
-                pipeline.zrem(keys.holds(self.partition(name)), " ".join((*name, hold)))
-            await pipeline.execute()
 
     async def apply(self, deltas: Iterable[tuple[Name, hot_deltas.Delta]]) -> list[str]:
         """Runs apply_delta.lua for each, in the order given; what the script returned, as text."""

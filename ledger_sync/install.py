@@ -31,6 +31,7 @@ MAX_WANTED: Final = 100_000  # requests that wait here; more stay in the hot sto
 MISSING_MS: Final = 5_000  # how long the hot store remembers that the ledger has no such account
 FROZEN_MS: Final = 5_000  # how long an account that is built anew answers so, when nobody does it
 UNTIL_MS: Final = 5_000  # how long an install may be under way
+HOLDS: Final = 5_000  # written under one deadline
 POLL_S: Final = 1.0
 SETTLED_S: Final = 30.0  # how long an account may wait for its journal to be settled, before it is tried again
 RETRY_S: Final = 0.25
@@ -185,8 +186,11 @@ class Installer:
             # Before the account: a key that is known is never charged again, whatever becomes of this install.
             await self._hot.remember(prepared.answers, self._remember_ms)
             # And its holds: they count for nothing until the account is there, and are of no other install.
-            await self._hot.put_holds(prepared.holds, self._remember_ms)
-            results = await self._hot.install(prepared.ready, now_ms + UNTIL_MS)
+            for first in range(0, len(prepared.holds), HOLDS):
+                until_ms = await self._hot.now_ms() + UNTIL_MS
+                await self._hot.put_holds(prepared.holds[first : first + HOLDS], self._remember_ms, until_ms)
+                self.working()
+            results = await self._hot.install(prepared.ready, await self._hot.now_ms() + UNTIL_MS)
         except Unavailable as error:
             self._later(names, UNTIL_MS / 1000, error)
             return []

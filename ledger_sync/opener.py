@@ -54,6 +54,11 @@ class Opener:
         self._away = False
         self.beat = Beat()
 
+    @property
+    def current(self) -> Opening | None:
+        """The opening that this process has seen in force last."""
+        return self._current
+
     async def run(self) -> None:
         """Until it is cancelled. Raises when the ledger is away."""
         with self.beat:

@@ -12,7 +12,7 @@ import msgspec
 
 from entitlement.journal import Adjusted, Consumed, Crossing, Ended, Held, Record, Rolled
 from ledger_sync.books import Books, Position, Who
-from ledger_sync.hold_books import HoldName, HoldRow, Moved, State, effect, follow, moved, name_of
+from ledger_sync.hold_books import HoldName, HoldRow, Moved, State, follow, moved, name_of
 from ledger_sync.hot_deltas import Change, compensation
 from ledger_sync.posting import (
     Booking,
@@ -153,7 +153,7 @@ class Settlement:
         self._known.moves.add(place)
         row = self._known.holds.get(name_of(record))
         if record.epoch >= position.epoch:
-            row, amount = follow(row, record), effect(record)
+            row, amount = follow(row, record)
         else:
             row, amount = row or HoldRow(State.EXPIRED, changed_ms=record.recorded_ms), 0
         self._known.holds[name_of(record)] = row

@@ -105,19 +105,28 @@ class HoldsBench:
     def extend(self, hold: str, *usage: Usage, key: str, ttl_ms: int = 0) -> HoldOutcome:
         return self.reserve(hold, *usage, ttl_ms=ttl_ms, extension=key)
 
-    def settle(self, hold: str, *usage: Usage, key: str = "", final: bool = False) -> HoldOutcome:
-        asked = request(key or f"s-{next(self._numbers)}", *usage, mode=Mode.ADJUST_ONLY)
+    def settle(
+        self,
+        hold: str,
+        *usage: Usage,
+        key: str = "",
+        final: bool = False,
+        event_ms: int = 0,
+        numbers: tuple[int, int] = (0, 0),
+    ) -> HoldOutcome:
+        asked = request(key or f"s-{next(self._numbers)}", *usage, mode=Mode.ADJUST_ONLY, event_ms=event_ms)
         wire = pb.SettleRequest(hold_id=hold, customer=CUSTOMER, idempotency_key=asked.key, final=final)
         wire.usage.extend([pb.Usage(feature=line.feature, quantity=line.quantity) for line in asked.lines])
         asked = msgspec.structs.replace(asked, payload=wire.SerializeToString(deterministic=True))
-        settle = Settle(asked, hold, final)
+        settle = Settle(asked, hold, final, *numbers)
         arguments = settle_arguments(settle, charge(asked), self.limits)
         reply = self._run("settle", settle_keys(settle, PARTITION), arguments)
         self._note(SETTLED, asked, reply)
         return parse_settled(reply, asked)
 
     def close(self, what: What, hold: str, *, key: str = "", ttl_ms: int = 0) -> HoldOutcome | str:
-        closing = Closing(TENANT, CUSTOMER, hold, what, key, ttl_ms)
+        run_id = str(self.client.info("server")["run_id"]) if what == "E" else ""
+        closing = Closing(TENANT, CUSTOMER, hold, what, key, ttl_ms, payload=f"{what} {hold}".encode(), run_id=run_id)
         reply = self._run("close", close_keys(closing, PARTITION), close_arguments(closing, self.limits))
         return "LATER" if reply == b"!LATER" else parse_reserved(reply, closing.asked)
 

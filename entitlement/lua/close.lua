@@ -1,12 +1,23 @@
 -- Ends a hold without usage, or moves the time at which it expires. One script, one fate.
 --
--- KEYS  1 account   2 hold   3 journal   4 index of holds
+-- KEYS  1 account   2 hold   3 journal   4 index of holds   5 of S: idempotency record of its key
 -- ARGV  1 what: R release, E expire (if it is time), S settle with nothing used, T more time   2 'tenant customer'   3 hold id
---       4 memory of it, ms   5 of S: the key (its digest)   6 of T: how long, ms   7 of T: at most, ms
+--       4 memory of it, ms   5 of S: the request's fingerprint   6 of T: how long, ms   7 of T: at most, ms
+--       8 of E: run_id of the server that the ledger has opened: on no other does a hold expire
 -- Returns as reserve.lua; '~' too when it had been done before, then with the balance of now; '!HOLD 12', '!HOLD 13';
 -- '!HOLD 15': the account is being built anew; '!LATER': it is not time yet.
-local held, what = read_hold(KEYS[2]), ARGV[1]
-if not held then return no_hold(KEYS[1]) end
+local held, what, member = read_hold(KEYS[2]), ARGV[1], ARGV[2] .. ' ' .. ARGV[3]
+if what == 'E' and string.match(redis.call('INFO', 'server'), 'run_id:(%x+)') ~= ARGV[8] then return '!OTHER' end
+local stored = what == 'S' and redis.call('GET', KEYS[5])
+if stored then
+  if string.sub(stored, 1, 8) ~= ARGV[5] then return '!MISMATCH' end
+  return '~' .. string.sub(stored, 9)
+end
+if not held then
+  local said = no_hold(KEYS[1])
+  if what == 'E' and said == '!HOLD 12' then redis.call('ZREM', KEYS[4], member) end
+  return said
+end
 local fields = redis.call('HMGET', KEYS[1], 'c', 'd', 'g')
 if not fields[1] or fields[1] == 'missing' then return '!NOT_LOADED' end
 if fields[1] == 'frozen' then return '!HOLD 15' end
@@ -14,7 +25,11 @@ local a = read_config(fields[1])
 read_state(a, fields[2])
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
-if held.state == 'H' and held.epoch ~= a.epoch then return held.epoch > a.epoch and '!NOT_LOADED' or '!HOLD 12' end
+if held.state == 'H' and held.epoch ~= a.epoch then
+  if held.epoch > a.epoch then return '!NOT_LOADED' end
+  if what == 'E' then redis.call('ZREM', KEYS[4], member) end
+  return '!HOLD 12'
+end
 
 local function told(sign, expires)
   local h, l = available(a, read_grants(fields[3]), now)
@@ -23,11 +38,12 @@ local function told(sign, expires)
 end
 
 if held.state ~= 'H' then
-  if what == 'E' or (what == 'R' and held.state ~= 'S') or (what == 'S' and held.settled_by == ARGV[5]) then return told('~', 0) end
+  if what == 'E' then redis.call('ZREM', KEYS[4], member) end
+  if what == 'E' or (what == 'R' and held.state ~= 'S') then return told('~', 0) end
   if not (what == 'S' and held.state == 'E') then return '!HOLD 13' end
 end
 if what == 'E' and now < held.expires then return '!LATER' end
-local member, late = ARGV[2] .. ' ' .. ARGV[3], held.state == 'E'
+local late = held.state == 'E'
 a.sequence = a.sequence + 1
 if what == 'T' then
   local expires = math.min(now + tonumber(ARGV[6]), held.created + tonumber(ARGV[7]))
@@ -44,11 +60,8 @@ if not late then
   a.hh, a.hl = sub(a.hh, a.hl, held.h, held.l)
   for _, line in ipairs(held.lines) do let_go(held, line.feature, nil, quotas, KEYS[1], now) end
   local limit = held.subject and redis.call('HGET', KEYS[1], 's:' .. held.subject)
-  own = limit and read_subject(limit, now)
-  if own and held.window == own.from + 1 then
-    own_h, own_l = sub(own.h, own.l, own.uh, own.ul)
-    own_h, own_l = add(own_h, own_l, held.h, held.l)
-  end
+  own = limit and read_subject(limit, now) or nil
+  own_h, own_l = give_back(held, own, nil, nil, held.h, held.l)
 end
 
 -- After this point it must succeed.
@@ -57,6 +70,7 @@ write_limits(writes, quotas, held.subject, own, own_h, own_l)
 redis.call('HSET', KEYS[1], unpack(writes))
 journal(KEYS[3], 6, ARGV[2], a, now, '-',
   struct.pack('<Bddss', what == 'S' and 1 or what == 'R' and 2 or 3, late and 0 or held.h, late and 0 or held.l, ARGV[3], held.subject or ''))
-if what == 'S' then redis.call('HSET', KEYS[2], 'd', ARGV[5]) end
 end_hold(KEYS[2], KEYS[4], member, what, ARGV[4])
-return told('=', 0)
+local result = told('=', 0)
+if what == 'S' then redis.call('SET', KEYS[5], ARGV[5] .. string.sub(result, 2), 'PX', ARGV[4]) end
+return result

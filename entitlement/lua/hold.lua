@@ -23,16 +23,22 @@ for i = 1, n do
   journaled[i] = struct.pack('<ddds', units, h, l, ARGV[ARGS + 4 * i - 2])
 end
 if held then left_h, left_l = add(left_h, left_l, held.h, held.l) end
+local window, own_by_h, own_by_l = held and held.window or 0, held and held.oh or 0, held and held.ol or 0
+if own_h then
+  if window ~= own.from + 1 then window, own_by_h, own_by_l = own.from + 1, 0, 0 end -- What an earlier window counted is over.
+  own_by_h, own_by_l = add(own_by_h, own_by_l, total_h, total_l)
+end
 journal(KEYS[3], 4, ARGV[5], a, now, '-',
   struct.pack('<dddBddBsssss', event, created, expires, held and 1 or 0, total_h, total_l, n, a.credit, ARGV[9], ARGV[10], ARGV[REST + 2], subject or '')
     .. table.concat(journaled) .. ARGV[2])
 local result = answer(available(a, read_grants(fields[3]), now))
 if held then
-  redis.call('HSET', KEYS[2], 'x', integer(expires), 'n', text(left_h, left_l), 'l', write_lines(lines), 'k:' .. extension, ARGV[1] .. result)
+  redis.call('HSET', KEYS[2], 'x', integer(expires), 'n', text(left_h, left_l), 'l', write_lines(lines),
+    'w', integer(window), 'o', text(own_by_h, own_by_l), 'k:' .. extension, ARGV[1] .. result)
 else
   redis.call('DEL', KEYS[2])
   redis.call('HSET', KEYS[2], 'f', ARGV[1], 'a', result, 's', 'H', 'e', integer(a.epoch), 'c', integer(now), 'x', integer(expires),
-    'n', text(left_h, left_l), 'u', subject or '', 'w', own_h and integer(own.from + 1) or '0', 'l', write_lines(lines))
+    'n', text(left_h, left_l), 'u', subject or '', 'w', integer(window), 'o', text(own_by_h, own_by_l), 'l', write_lines(lines))
 end
 redis.call('ZADD', KEYS[4], expires, ARGV[5] .. ' ' .. ARGV[REST + 2])
 return '=' .. a.credit .. '\0' .. result .. standing(expires, held and held.number or 0, left_h, left_l)

@@ -2,17 +2,18 @@
 --
 -- h:<digest> (hash)  f fingerprint of the reserve's request   a its answer   s state: H held, S settled, R released, E expired
 --       e epoch of the account that it is held in: of another epoch it is not there any more   c created, x expires (ms)
---       n nanos left   u subject ('' none)   w start of the window that counted it on the subject's own limit, or 0
+--       n nanos left   u subject ('' none)   w start + 1 of the window that counted it on the subject's own limit, or 0, and
+--       o how many nanos that has counted of it
 --       l for each line: zero-terminated feature, units left and the start of the window that counted them on its quota, or 0
---       d digest of the key that settled it   k:<key> fingerprint and answer of an extension   m number of the last report
+--       k:<key> fingerprint and answer of an extension   m number of the last report
 -- x:<partition> (sorted set)  'tenant customer hold' by when it expires
 -- A hold that has ended is remembered as long as a key.
 local function read_hold(key)
-  local f = redis.call('HMGET', key, 's', 'e', 'c', 'x', 'n', 'u', 'w', 'l', 'd', 'm')
+  local f = redis.call('HMGET', key, 's', 'e', 'c', 'x', 'n', 'u', 'w', 'l', 'm', 'o')
   if not f[1] then return nil end
-  local hold = {state = f[1], epoch = tonumber(f[2]), created = tonumber(f[3]), expires = tonumber(f[4]), text = f[8],
-    subject = f[6] ~= '' and f[6] or nil, window = tonumber(f[7]), settled_by = f[9],
-    number = tonumber(f[10] or 0), lines = {}}
+  local hold = {state = f[1], epoch = tonumber(f[2]), created = tonumber(f[3]), expires = tonumber(f[4]),
+    subject = f[6] ~= '' and f[6] or nil, window = tonumber(f[7]), number = tonumber(f[9] or 0), lines = {}}
+  hold.oh, hold.ol = num(f[10] or '0')
   hold.h, hold.l = num(f[5])
   local at = 1
   while at <= #f[8] do
@@ -56,10 +57,22 @@ local function let_go(hold, feature, units, quotas, account, now)
           quotas[feature] = q and read_quota(q, now) or nil
         end
         local q = quotas[feature]
-        if q and line.from == q.from + 1 then q.used = q.used - some end
+        if q and line.from == q.from + 1 and q.used > 0 then q.used = math.max(0, q.used - some) end
       end
     end
   end
+end
+
+-- Gives back to the subject's own limit, of which own_h, own_l is left (nil: this call does not count on it), what its
+-- window has counted of nanos that are let go. Returns what is left of it then.
+local function give_back(hold, own, own_h, own_l, h, l)
+  if not own or hold.window ~= own.from + 1 then return own_h, own_l end
+  if not own_h then own_h, own_l = sub(own.h, own.l, own.uh, own.ul) end
+  if less(hold.oh, hold.ol, h, l) then h, l = hold.oh, hold.ol end
+  hold.oh, hold.ol = sub(hold.oh, hold.ol, h, l)
+  own_h, own_l = add(own_h, own_l, h, l)
+  if less(own.h, own.l, own_h, own_l) then return own.h, own.l end
+  return own_h, own_l
 end
 
 -- What is told of a hold beside the answer: when it expires, the last report's number, what is left of it.

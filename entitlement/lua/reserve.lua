@@ -19,6 +19,7 @@ if held then
     if not d or struct.unpack('<d', d) < held.epoch then return '!NOT_LOADED' end
     held = nil
   else
+    if replay and held.state ~= 'H' then return '!HOLD 13' end
     local first = extension == '' and {redis.call('HGET', KEYS[2], 'f'), redis.call('HGET', KEYS[2], 'a')}
     if not first then
       local known = redis.call('HGET', KEYS[2], 'k:' .. extension)
@@ -27,7 +28,7 @@ if held then
     if first then
       if first[1] ~= ARGV[1] then return '!MISMATCH' end
       return '~' .. (c and string.match(c, '^%S %S %S+ (%S+)') or '') .. '\0' .. first[2]
-        .. standing(held.expires, held.number, held.h, held.l)
+        .. standing((held.state == 'H' or held.state == 'E') and held.expires or 0, held.number, held.h, held.l)
     end
     if held.state ~= 'H' then return '!HOLD 13' end
     subject = held.subject

@@ -1,5 +1,6 @@
 -- Charges what was used of a hold: posted in full, whatever the hold was for. What it had set aside is let go by as much; with
--- `final`, all of it. A hold that has expired is settled once more, late: the work has happened. One script, one fate.
+-- `final`, all of it. A hold that has expired is settled once more, late: the work has happened; what is reported until the
+-- final report is charged. One script, one fate.
 --
 -- KEYS  1 account   2 idempotency record   3 journal   4 hold   5 index of holds
 -- ARGV  as for consume.lua with mode 4, then after the quantities: 1 hold id   2 '1': final   3 '1': replayed, as it was

@@ -1,6 +1,6 @@
 -- Between decide.lua and commit.lua of settle.lua: what the hold lets go.
 if not denied then
-  local final = ARGV[REST + 2] == '1' or late
+  local final = ARGV[REST + 2] == '1'
   local taken_h, taken_l, back_h, back_l = 0, 0, 0, 0
   if held and held.state == 'H' then
     if held.epoch > a.epoch then return '!NOT_LOADED' end
@@ -24,17 +24,22 @@ if not denied then
     end
     local gone_h, gone_l = add(taken_h, taken_l, back_h, back_l)
     a.hh, a.hl = sub(a.hh, a.hl, gone_h, gone_l)
-    if own_h and held.window == own.from + 1 then own_h, own_l = add(own_h, own_l, gone_h, gone_l) end
+    own_h, own_l = give_back(held, own, own_h, own_l, gone_h, gone_l)
   end
   extra = struct.pack('<Bddddss', (final and 1 or 0) + (late and 2 or 0), taken_h, taken_l, back_h, back_l, ARGV[REST + 1], subject or '')
   local left_h, left_l = held and held.h or 0, held and held.l or 0
   suffix = struct.pack('<Bdd', late and 1 or 0, left_h, left_l)
   local number = held and math.max(held.number, tonumber(ARGV[REST + 6])) or 0
-  finish = held and function()
-    redis.call('HSET', KEYS[4], 'm', integer(number))
+  finish = (held or final) and function()
+    if not held then -- Replayed: the hold's own receipt, if it comes after this one, finds it ended.
+      redis.call('HSET', KEYS[4], 'e', integer(a.epoch), 'c', integer(now), 'x', '0', 'u', subject or '', 'w', '0', 'l', '')
+    else
+      redis.call('HSET', KEYS[4], 'm', integer(number), 'o', text(held.oh, held.ol))
+    end
     if final then
-      redis.call('HSET', KEYS[4], 'd', string.sub(KEYS[2], -16))
       end_hold(KEYS[4], KEYS[5], ARGV[5] .. ' ' .. ARGV[REST + 1], 'S', ARGV[6])
+    elseif late then
+      redis.call('PEXPIRE', KEYS[4], ARGV[6]) -- More of it may be told.
     else
       redis.call('HSET', KEYS[4], 'n', text(held.h, held.l), 'l', write_lines(held.lines))
     end

@@ -74,13 +74,17 @@ class HoldStore:
         return parse_settled(_text(reply), asked)
 
     async def close(self, closing: Closing) -> HoldOutcome:
-        """Nothing is charged by it, so no receipt is kept: where it is lost, the hold expires."""
+        """More time has a receipt. An end has none, for it charges nothing: where it is lost, the hold expires."""
         names = close_keys(closing, self._partition(closing.tenant, closing.customer))
-        reply = await self._scripts.evaluate("close", names, close_arguments(closing, self._limits))
+        draft = self._receipts.draft_hold(EXTENDED, closing.asked, _UNPRICED) if closing.what == "T" else b""
+        reply = await self._scripts.evaluate("close", names, close_arguments(closing, self._limits), draft)
         return parse_reserved(_text(reply), closing.asked)
 
     def _partition(self, tenant: str, customer: str) -> int:
         return keys.partition_of(tenant, customer, self._partitions)
+
+
+_UNPRICED = Charge("", 0, 0, 0, ())
 
 
 def _text(reply: Reply) -> bytes:

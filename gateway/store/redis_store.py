@@ -158,6 +158,8 @@ class RedisStore:
             reply = await send(pack("EVALSHA", _sha(name), *rest))
         except StoreError as error:
             if not str(error).startswith("NOSCRIPT"):
+                if self._fence and str(error).startswith("READONLY"):
+                    self._doubted.set()
                 raise Unavailable(f"hot store: {error}") from None
             try:
                 reply = await send(pack("EVAL", script(name), *rest))

@@ -26,7 +26,10 @@ CREATE TABLE holds (
     remaining  bigint NOT NULL,            -- of them, still set aside
     expires_ms bigint NOT NULL,
     changed_ms bigint NOT NULL,            -- on the hot store's clock
+    epoch      bigint NOT NULL,            -- of the last record that changed it
+    sequence   bigint NOT NULL,
     PRIMARY KEY (tenant, customer, id),
     FOREIGN KEY (tenant, customer) REFERENCES accounts (tenant, customer)
 ) WITH (fillfactor = 70);
 CREATE INDEX holds_open ON holds (tenant, customer) WHERE state = 1;
+CREATE INDEX holds_ended ON holds (tenant, customer, changed_ms) WHERE state <> 1;

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
+import msgspec
 import pytest
 
 from entitlement.account import Account, Billing, HotGrant, Quota, SubjectLimit
-from entitlement.decision import Decision, Limits, Mismatch, Mode, NotLoaded, Reason, Stale, Verdict
+from entitlement.decision import Charge, Decision, Limits, Mismatch, Mode, NotLoaded, Price, Reason, Stale, Verdict
+from entitlement.hold_requests import parse_extend
+from entitlement.holding import Closing, Reserve, Unordered, close_arguments, close_keys, reserve_arguments
 from entitlement.journal import Burn, Close, Consumed, Ended, Held, Settled
 from entitlement.periods import DAY, HOUR, Recurrence
-from tests.holds_bench import ACCOUNT, HoldsBench, decision, kept, refused
-from tests.hot_stores import IMAGES, TOKENS, account
+from entitlement.receipt import EXTENDED, draft, prices
+from entitlement.v1 import gateway_pb2 as pb
+from tests.holds_bench import ACCOUNT, PARTITION, HoldsBench, decision, kept, refused
+from tests.hot_stores import CUSTOMER, IMAGES, TENANT, TOKENS, account, charge, request
 
 NOT_FOUND, FINALIZED = int(Reason.HOLD_NOT_FOUND), int(Reason.HOLD_FINALIZED)
 
@@ -212,6 +217,8 @@ class TestSettle:
         assert (found.available, found.held, found.settled) == (500, 0, 0)
         assert decision(bench.close("S", "h", key="s")).replayed
         assert refused(bench.close("S", "h", key="another")) == FINALIZED
+        assert isinstance(bench.close("S", "another", key="s"), Mismatch)
+        assert isinstance(bench.consume((TOKENS, 1), key="s"), Mismatch)
         record = bench.journal()[-1]
         assert isinstance(record, Ended) and (record.how, record.returned) == (Close.SETTLED, 200)
 
@@ -233,6 +240,37 @@ class TestSettle:
         made = bench.account()
         assert (made.quotas[TOKENS].used, made.subjects["ann"].used) == (150, 150)
 
+    def test_a_limit_that_came_in_between_gets_back_what_it_counted(self, bench: HoldsBench) -> None:
+        bench.put(account(HotGrant(1, 5_000)))
+        bench.reserve("h", (TOKENS, 200), subject="ann")
+        bench.client.hset(ACCOUNT, "s:ann", SubjectLimit("ann", 1_000, Recurrence.NEVER).encode())
+        bench.extend("h", (TOKENS, 150), key="e")
+        assert bench.account().subjects["ann"].used == 150
+        bench.close("R", "h")
+        assert bench.account().subjects["ann"].used == 0
+
+    def test_usage_of_an_earlier_window_gives_back_what_this_one_counted(self, bench: HoldsBench) -> None:
+        now = bench.now()
+        limit = SubjectLimit("ann", 1_000, Recurrence.DAY, 0, 0, now - HOUR, now + HOUR)
+        bench.put(account(HotGrant(1, 5_000, now - 2 * DAY), subjects=[limit]))
+        bench.reserve("h", (TOKENS, 200), subject="ann")
+        bench.settle("h", (TOKENS, 50), final=True, event_ms=now - DAY)
+        assert bench.account().subjects["ann"].used == 0
+
+    def test_a_quota_that_began_anew_does_not_go_below_zero(self, bench: HoldsBench) -> None:
+        quota = Quota(TOKENS, 300, False, Recurrence.NEVER)
+        bench.put(account(HotGrant(1, 5_000), quotas=[quota]))
+        bench.reserve("h", (TOKENS, 200))
+        bench.client.hset(ACCOUNT, f"q:{TOKENS}", quota.encode())  # Taken away, and given again.
+        bench.close("R", "h")
+        assert bench.account().quotas[TOKENS].used == 0
+
+    def test_what_is_not_metered_is_held_and_settled_for_nothing(self, bench: HoldsBench) -> None:
+        free = {"free": Price("free", "U 0 1")}
+        asked = request("h", ("free", 1))
+        checked = msgspec.structs.replace(charge(asked, free), mode=Mode.CHECK_ONLY)
+        assert reserve_arguments(Reserve(asked, "h", 1_000), checked, Limits())[2] == int(Mode.NORMAL)
+
     def test_a_quota_of_a_feature_that_was_not_used_gets_all_back(self, bench: HoldsBench) -> None:
         quotas = [Quota(TOKENS, 1_000, False, Recurrence.NEVER), Quota(IMAGES, 10, False, Recurrence.NEVER)]
         bench.put(account(HotGrant(1, 50_000), quotas=quotas))
@@ -252,6 +290,18 @@ class TestSettle:
         bench.client.hset(ACCOUNT, "c", config.replace(b" standard ", b" other "))
         assert isinstance(bench.settle("h", (TOKENS, 1)), Stale)
         assert bench.account().held == 100
+
+
+class TestNumberedReports:
+    def test_they_follow_one_another_and_none_counts_twice(self, bench: HoldsBench) -> None:
+        bench.reserve("h", (TOKENS, 400))
+        assert kept(bench.settle("h", (TOKENS, 10), numbers=(1, 5))).left == 390
+        assert bench.settle("h", (TOKENS, 10), numbers=(4, 8)) == Unordered(5)
+        assert bench.settle("h", (TOKENS, 10), numbers=(7, 8)) == Unordered(5)
+        assert kept(bench.settle("h", (TOKENS, 10), numbers=(6, 8))).left == 380
+        again = kept(bench.reserve("h", (TOKENS, 400)))
+        assert (again.number, again.left, again.decision.replayed) == (8, 380, True)
+        assert bench.account().settled == 20
 
 
 class TestReleaseAndExpiry:
@@ -285,13 +335,40 @@ class TestReleaseAndExpiry:
         bench.age("h")
         bench.close("E", "h")
         bench.consume((TOKENS, 450))
-        late = kept(bench.settle("h", (TOKENS, 120), key="s"))
+        late = kept(bench.settle("h", (TOKENS, 120), key="s", final=True))
         assert late.late and late.decision.overage == 70 and late.decision.settled == 570
-        assert kept(bench.settle("h", (TOKENS, 120), key="s")).late
+        assert kept(bench.settle("h", (TOKENS, 120), key="s", final=True)).late
         assert refused(bench.settle("h", (TOKENS, 120), key="t")) == FINALIZED
         record = bench.journal()[-1]
         assert isinstance(record, Settled) and record.late and (record.taken, record.returned) == (0, 0)
         assert record.subject == "ann"
+
+    def test_all_that_is_reported_after_it_expired_is_charged(self, bench: HoldsBench) -> None:
+        bench.reserve("h", (TOKENS, 200))
+        bench.age("h")
+        bench.close("E", "h")
+        assert [kept(bench.settle("h", (TOKENS, 30))).late for _ in range(3)] == [True] * 3
+        assert kept(bench.settle("h", (TOKENS, 10), final=True)).late
+        assert refused(bench.settle("h", (TOKENS, 1))) == FINALIZED
+        assert money(bench.account()) == (400, 0, 100, 0)
+
+    def test_it_expires_on_no_other_server(self, bench: HoldsBench) -> None:
+        """What the ledger has not opened may be an older copy: nothing goes on there by itself."""
+        bench.reserve("h", (TOKENS, 200))
+        bench.age("h")
+        closing = Closing(TENANT, CUSTOMER, "h", "E", run_id="0" * 40)
+        reply = bench._run("close", close_keys(closing, PARTITION), close_arguments(closing, Limits()))
+        assert reply == b"!OTHER" and bench.account().held == 200
+
+    def test_what_is_not_there_leaves_the_index(self, bench: HoldsBench) -> None:
+        for hold in ("a", "b", "c"):
+            bench.reserve(hold, (TOKENS, 10))
+        bench.client.delete(bench.key("a"))
+        bench.client.hset(bench.key("b"), "s", "S")
+        bench.client.hset(bench.key("c"), "e", "0")
+        for hold in ("a", "b", "c"):
+            bench.close("E", hold)
+        assert bench.open_holds() == []
 
     def test_nothing_used_after_it_expired(self, bench: HoldsBench) -> None:
         bench.reserve("h", (TOKENS, 200))
@@ -418,7 +495,7 @@ class Walk:
                 self.ended[hold] = "S"
         elif self.ended.get(hold) == "E":
             assert kept(outcome).late
-            self.ended[hold] = "S"
+            self.ended[hold] = "S" if final else "E"
         else:
             assert refused(outcome) == (FINALIZED if hold in self.ended else NOT_FOUND)
             return
@@ -505,7 +582,8 @@ class TestReplay:
         signs = [other.told(receipt)[:1] for receipt in bench.receipts]
         assert signs == [b"="] * 6
         assert other.account() == bench.account()
-        assert [other.told(receipt)[:1] for receipt in bench.receipts] == [b"~"] * 6
+        again = [other.told(receipt) for receipt in bench.receipts]  # The holds have ended, the reports are known.
+        assert [reply if reply[:1] == b"!" else reply[:1] for reply in again] == [b"!HOLD 13"] * 3 + [b"~"] * 3
         assert other.account() == bench.account()
         assert decision(other.settle("a", (TOKENS, 1), key="s3", final=True)).replayed
         subjects = [record.subject for record in other.journal() if isinstance(record, Settled)]
@@ -519,12 +597,26 @@ class TestReplay:
         assert (found.held, found.available(other.now())) == (400, -200)
 
     def test_usage_of_a_hold_that_is_gone_is_charged_by_itself(self, bench: HoldsBench, other: HoldsBench) -> None:
+        """In the wrong order, too: the hold is not made after it has ended."""
         bench.reserve("a", (TOKENS, 400))
         bench.settle("a", (TOKENS, 300), key="s", final=True)
         assert other.told(bench.receipts[1])[:1] == b"="
         assert money(other.account()) == (200, 0, 300, 0)
-        assert other.told(bench.receipts[0])[:1] == b"="  # Held anew, until it expires.
-        assert other.account().held == 400
+        assert other.told(bench.receipts[0]) == b"!HOLD 13"
+        assert money(other.account()) == (200, 0, 300, 0) and other.open_holds() == []
+
+    def test_more_time_is_told_too(self, bench: HoldsBench, other: HoldsBench) -> None:
+        bench.reserve("a", (TOKENS, 400), ttl_ms=5_000)
+        wire = pb.ExtendRequest(hold_id="a", customer=CUSTOMER)
+        wire.ttl.FromSeconds(3_600)
+        call = parse_extend(TENANT, wire)
+        assert isinstance(call, Closing)
+        reply = bench._run("close", close_keys(call, PARTITION), close_arguments(call, Limits()))
+        bench.receipts.append(draft(call.asked, prices(Charge("", 0, 0, 0, ())), bench.now(), EXTENDED) + reply)
+        for receipt in bench.receipts:
+            assert other.told(receipt)[:1] == b"="
+        expires = other.client.hget(other.key("a"), "x")
+        assert expires is not None and int(expires) > other.now() + 3_000_000
 
     def test_an_account_that_is_not_there(self, bench: HoldsBench, other: HoldsBench) -> None:
         bench.reserve("a", (TOKENS, 100))
