@@ -34,6 +34,8 @@ LAG_S: Final = 1.0  # I9
 LOOK_AGAIN_S: Final = 0.05
 MOST_NOTES: Final = 4  # in a line, the last ones
 BETWEEN: Final = 120  # answers, at most, before the next fault
+PACE_S: Final = 0.01  # between two keys of a caller
+MANY: Final = 20  # rounds; beyond them callers go slower, or they come to the load's bound of keys
 
 Result = TypeVar("Result")
 
@@ -223,13 +225,15 @@ async def play(
     strict: bool = True,
     wounds: bool = False,
     callers: int = 16,
-    pace_s: float = 0.01,
+    pace_s: float = PACE_S,
     insist_s: float = INSIST_S,
 ) -> Audit:
     """Plays a case: `fault`, `n` times, while the load flows; then phase B and the audit, whose line is printed.
 
     `strict`: every invariant must hold, or the run fails with what was found and the children's last lines.
     """
+    if n > MANY:
+        pace_s *= 3
     run = Run(case, cluster, draw_seed(), wounds=wounds)
     print(f"faults {case}: seed {run.seed}")
     try:

@@ -110,7 +110,7 @@ async def test_b3_two_primaries_for_a_while(deploy: Deploy) -> None:
         await off(cluster.new_replica)
         await run.more(50)
 
-    pace_s = 0.3 if rounds(0) else 0.01  # A round takes 15 seconds: many of them would come to too many keys.
+    pace_s = 0.1 if rounds(0) else 0.01  # A round takes 15 seconds: many of them would come to too many keys.
     await play("B3", cluster, splits, n=rounds(1), wounds=True, pace_s=pace_s)
 
 
