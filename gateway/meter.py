@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from entitlement.decision import Reason, Verdict
-from entitlement.errors import InvalidArgument, Unavailable
+from entitlement.errors import InvalidArgument, Overloaded, Unavailable
 from entitlement.hold_requests import DEFAULT_TTL_MS, parse_extend, parse_reserve, parse_settle
 from entitlement.holding import Closing, Kept, NoHold, Reserve, Settle, Unordered
 from entitlement.v1 import gateway_pb2 as pb
@@ -217,7 +217,7 @@ class MeterStream:
                 if isinstance(call, Closing):
                     return await self._holds.close(call)
                 return await self._holds.settle(call)
-            except Unavailable:
+            except (Unavailable, Overloaded):
                 if self._loop.time() > until:
                     raise
             await asyncio.sleep(RETRY_S)
@@ -225,7 +225,7 @@ class MeterStream:
     def _together(self, reports: Sequence[pb.SettleRequest], *, final: bool) -> pb.SettleRequest:
         """Reports as one, under the key of the last."""
         message = pb.SettleRequest(hold_id=self._open.hold_id, customer=self._open.customer, final=final)
-        message.idempotency_key = reports[-1].idempotency_key if reports else self._open.hold_id
+        message.idempotency_key = reports[-1].idempotency_key if reports else f"{self._open.hold_id}/end"
         message.number = reports[-1].number if reports else 0
         totals: dict[tuple[str, tuple[tuple[str, str], ...]], int] = {}
         for report in reports:
@@ -252,7 +252,7 @@ class MeterStream:
         extend = parse_extend(self._tenant, message)
         assert isinstance(extend, Reserve), "it asks for more"
         self._extend_s = self._loop.time() + EXTEND_EVERY_S
-        with suppress(Unavailable):
+        with suppress(Unavailable, Overloaded):
             kept = await self._holds.reserve(extend)
             if isinstance(kept, NoHold):
                 self._dry = kept.reason
@@ -269,7 +269,7 @@ class MeterStream:
             return
         self._renew_s = self._loop.time() + self._ttl_s / 2
         ttl_ms = int(self._ttl_s * 1000)
-        with suppress(Unavailable):
+        with suppress(Unavailable, Overloaded):
             await self._holds.close(Closing(self._tenant, self._open.customer, self._open.hold_id, "T", ttl_ms=ttl_ms))
 
     async def _tell(self, kept: Kept) -> None:

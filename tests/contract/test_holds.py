@@ -8,6 +8,7 @@ from random import Random
 import msgspec
 import pytest
 
+from entitlement import keys
 from entitlement.account import Account, Billing, HotGrant, Quota, SubjectLimit
 from entitlement.decision import Charge, Decision, Limits, Mismatch, Mode, NotLoaded, Price, Reason, Stale, Verdict
 from entitlement.hold_requests import parse_extend
@@ -16,6 +17,7 @@ from entitlement.journal import Burn, Close, Consumed, Ended, Held, Settled
 from entitlement.periods import DAY, HOUR, Recurrence
 from entitlement.receipt import EXTENDED, draft, prices
 from entitlement.v1 import gateway_pb2 as pb
+from ledger_sync import lua as own
 from tests.holds_bench import ACCOUNT, PARTITION, HoldsBench, decision, kept, refused
 from tests.hot_stores import CUSTOMER, IMAGES, TENANT, TOKENS, account, charge, request
 
@@ -430,6 +432,23 @@ class TestAnotherAccount:
         assert isinstance(bench.settle("h", (TOKENS, 1)), NotLoaded)
         assert isinstance(bench.reserve("h", (TOKENS, 200)), NotLoaded)
         assert isinstance(bench.close("R", "h"), NotLoaded)
+
+
+def test_what_is_put_late_leaves_what_a_later_install_has_put(bench: HoldsBench) -> None:
+    script = bench.client.register_script(own.until("put_hold"))
+    names = (bench.key("h"), keys.holds(PARTITION))
+
+    def put(epoch: int, state: str, expires_ms: int, until_ms: int) -> object:
+        fields = ("s", state, "e", epoch, "c", 1, "x", expires_ms, "n", 5, "u", "", "w", 0, "l", "")
+        member = f"{TENANT} {CUSTOMER} h"
+        return script(keys=names, args=(member, epoch, expires_ms, 60_000, *fields, until_ms))
+
+    soon = bench.now() + 10_000
+    assert put(2, "H", soon, bench.now() - 1) == -1 and bench.open_holds() == []
+    assert put(2, "H", soon, soon) == 1 and bench.open_holds() == ["h"]
+    assert put(1, "S", 0, soon) == 0 and bench.open_holds() == ["h"]
+    assert put(3, "S", 0, soon) == 1 and bench.open_holds() == []
+    assert bench.client.hget(bench.key("h"), "s") == b"S" and bench.client.pttl(bench.key("h")) > 0
 
 
 def test_a_hold_that_has_ended_is_remembered_as_long_as_a_key(valkey_url: str) -> None:

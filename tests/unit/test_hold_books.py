@@ -149,6 +149,28 @@ def test_a_batch_is_settled_in_the_order_of_the_journal() -> None:
         assert (books.position.held, books.row().state) == (0, State.RELEASED)
 
 
+def test_of_a_hold_that_has_ended_nothing_is_taken_a_second_time() -> None:
+    """As an older copy of the hot store would tell it, which has ended it by itself."""
+    books = Books()
+    books.settle(held(1, 1_000), ended(3, 1_000, Close.EXPIRED))
+    books.settle(ended(2, 1_000, Close.EXPIRED))
+    assert (books.position.held, books.row().remaining, books.row().state) == (0, 0, State.EXPIRED)
+
+
+def test_a_beginning_that_comes_after_the_end_does_not_open_it() -> None:
+    """It was in quarantine meanwhile."""
+    books = Books()
+    books.settle(settled(2, 100, 900))
+    books.settle(held(1, 1_000))
+    assert (books.position.held, books.row().remaining, books.row().state) == (0, 0, State.SETTLED)
+
+
+def test_a_hold_that_is_made_again_after_it_has_ended_is_open() -> None:
+    books = Books()
+    books.settle(held(1, 1_000), ended(2, 1_000), held(3, 400))
+    assert (books.position.held, books.row().remaining, books.row().state) == (400, 400, State.HELD)
+
+
 def test_of_an_account_that_was_built_anew_since() -> None:
     """The hot account has neither the hold nor what was used of it: the hold has ended, the usage is taken from it."""
     books = Books(epoch=2)
