@@ -143,7 +143,7 @@ async def test_b4_second_failover_while_the_first_is_recovered(deploy: Deploy) -
         await off(run.cluster.new_replica)
         await run.more(50)
 
-    audit = await play("B4", await off(deploy), fails_over_twice, n=rounds(1, 50), wounds=True)
+    audit = await play("B4", await off(deploy), fails_over_twice, n=rounds(1), wounds=True)
     in_time(audit)
 
 
@@ -159,7 +159,7 @@ async def test_b5_the_new_primary_has_another_clock(deploy: Deploy, clock_s: int
         await off(cluster.fail_over)
         await run.more(50)
 
-    await play(f"B5-{clock_s}s", cluster, fails_over_in_time, n=rounds(1, 20), wounds=True)
+    await play(f"B5-{clock_s}s", cluster, fails_over_in_time, n=rounds(1), wounds=True)
     cluster.clean = False  # Its clock is not everybody's.
 
 
@@ -175,7 +175,7 @@ async def test_b6_scripts_are_flushed_again_and_again(deploy: Deploy) -> None:
                 await run.more(20)
         assert run.load.failures.total() == failed, run.load.failures
 
-    await play("B6", await off(deploy), flushed, n=rounds(1, 20))
+    await play("B6", await off(deploy), flushed, n=rounds(1))
 
 
 async def test_b8_memory_is_full_and_nothing_is_evicted(deploy: Deploy) -> None:
@@ -192,7 +192,7 @@ async def test_b8_memory_is_full_and_nothing_is_evicted(deploy: Deploy) -> None:
         await off(lambda: run.cluster.primary.set(maxmemory="0"))
         await run.more()
 
-    await play("B8", await off(deploy), full, n=rounds(1, 20))
+    await play("B8", await off(deploy), full, n=rounds(1))
 
 
 @large_only
