@@ -23,6 +23,7 @@ from gateway.receipts.writer import Group, Held, Turn, Writer
 MAX_REMEMBERED: Final = 50_000  # prices whose bytes are kept
 TEND_EVERY_S: Final = 0.5
 AGAIN_S: Final = 30.0
+ADOPT_S: Final = 30.0  # how often is looked for folders whose gateways did not come back
 KEPT_S: Final = 5.0  # for a disk to take a receipt
 SEAL_AFTER_S: Final = 2.0  # a segment that holds something is finished after this, so that it can be dropped
 DEGRADED: Final = 0  # the opening of what was granted without a hot store
@@ -73,6 +74,7 @@ class Receipts:
         self._broken = ""  # why the disk took nothing
         self.problem = ""  # why nothing can be granted now
         self.opening = 0
+        self._adopt_s = 0.0  # not before this is looked for folders of others
         self._again_s = 0.0  # not before this are receipts replayed that could not be
         self._begun = NOTHING  # the opening of the segment in hand, as asked of the writer
         self.replayed = 0  # debited once more
@@ -256,6 +258,7 @@ class Receipts:
             raise
         self._folder, self._orphans, self._sealed = folder, orphans, sealed
         self._deployment = deployment
+        self._adopt_s = self._clock() + ADOPT_S
         self._writer = Writer(folder, self._kept)
         self._writer.start()
 
@@ -298,11 +301,25 @@ class Receipts:
         if waited or self._broken:
             self._broken = await self._turn(self._begun)
         self._collect()
+        await self._adopt()
         try:
             if self._sealed:
                 await self._drop_settled(journals)
         finally:
             self._judge()
+
+    async def _adopt(self) -> None:
+        """Takes over what gateways on the same disk have left that have died and did not come back."""
+        if self._clock() < self._adopt_s:
+            return
+        self._adopt_s, deployment = self._clock() + ADOPT_S, self._deployment
+        for folder, segments in await asyncio.to_thread(_left, self._base, deployment):
+            if self._deployment != deployment or self._folder is None:  # It has ended, or is another's, meanwhile.
+                folder.release()
+                continue
+            _log.warning("receipts of another gateway are taken over", folder=folder.path.name, segments=len(segments))
+            self._orphans.append(folder)
+            self._sealed += [_Sealed(segment, segment.opening) for segment in segments]
 
     async def _drop_settled(self, journals: Journals) -> None:
         opening = self.opening
@@ -337,6 +354,10 @@ class Receipts:
                 folder.release()
             self._folder, self._orphans = None, []
         self._deployment = ""
+
+
+def _left(base: Path, deployment: str) -> list[tuple[Folder, list[Segment]]]:
+    return [(folder, folder.segments()) for folder in Folder.orphans(base, deployment)]
 
 
 def _is_settled(sealed: _Sealed, settled: Mapping[int, tuple[int, StreamId]]) -> bool:

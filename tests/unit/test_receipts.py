@@ -23,7 +23,7 @@ from entitlement.opening import Identity, Opening
 from gateway.receipts import Receipts, folder, writer
 from gateway.receipts.folder import Folder, Segment
 from gateway.receipts.frames import FRAME_BYTES, HEADER_BYTES
-from gateway.receipts.journal import SEAL_AFTER_S
+from gateway.receipts.journal import ADOPT_S, SEAL_AFTER_S
 from tests.hot_stores import TOKENS, charge, request
 
 DEPLOYMENT, OTHER = "d" * 32, "e" * 32
@@ -143,6 +143,24 @@ class TestFolders:
             await only.tend()
             assert held(await only.receipts.begin(opening(4))) == []
         assert await left(tmp_path) == []
+
+    async def test_one_that_lives_takes_over_from_one_that_died_beside_it(self, tmp_path: Path) -> None:
+        async with desk(tmp_path, 2) as alive:
+            async with desk(tmp_path, 2) as beside:
+                await beside.kept(b"same")
+            async with desk(tmp_path, 1) as older:
+                await older.kept(b"older")
+            await alive.tend()
+            assert not alive.receipts.owes  # Not yet: they may come back.
+            alive.clock.now_s += ADOPT_S
+            await alive.tend()
+            assert alive.receipts.owes
+            owed = await alive.receipts.begin(opening(2))
+            assert held(owed) == [b"older"]  # What was decided under this opening, the hot store knows.
+            alive.receipts.replayed_all(owed, opening(2))
+            alive.streams.ids, alive.streams.reached = {1: (5, 0)}, {1: (2, (5, 0))}
+            await alive.tend()
+            assert [Path(name).parent.name for name in files(tmp_path)] == ["0"]  # Its own, in hand.
 
     async def test_what_a_gateway_left_is_taken_over_with_its_folder(self, tmp_path: Path) -> None:
         async with desk(tmp_path, 1) as first:
