@@ -22,15 +22,22 @@ if TYPE_CHECKING:
 
 Name = tuple[str, str]  # tenant, customer
 WINDOW_MS: Final = 900 * SECOND  # older keys are known to the ledger alone, which gives back what they are charged
-MAX_KEYS: Final = 20_000  # of all accounts that are built together; of each its newest
+MAX_KEYS: Final = 20_000  # of all accounts that are built together; of each its newest, and as many of late events
 
+# The newest of each account, and those of them that had happened before the window (by the index usage_events_late).
 _EVENTS: Final = """
 SELECT e.tenant, e.customer, e.idempotency_key, e.fingerprint, e.record
 FROM unnest($1::text[], $2::text[]) AS n (tenant, customer),
-     LATERAL (SELECT u.* FROM usage_events u
-              WHERE u.tenant = n.tenant AND u.customer = n.customer
-                    AND u.event_time >= to_timestamp($3::bigint / 1000.0)
-              ORDER BY u.event_time DESC LIMIT $4) AS e"""
+     LATERAL ((SELECT u.* FROM usage_events u
+               WHERE u.tenant = n.tenant AND u.customer = n.customer
+                     AND u.event_time >= to_timestamp($3::bigint / 1000.0)
+               ORDER BY u.event_time DESC LIMIT $4)
+              UNION ALL
+              (SELECT u.* FROM usage_events u
+               WHERE u.tenant = n.tenant AND u.customer = n.customer
+                     AND u.recorded_at >= to_timestamp($3::bigint / 1000.0)
+                     AND u.recorded_at - u.event_time > interval '15 minutes'
+               ORDER BY u.recorded_at DESC LIMIT $4)) AS e"""
 
 
 async def answers(

@@ -294,7 +294,6 @@ class TestEmptied:
         again = await shop.consume("bob", INPUT, 1_000, key="k0")
         assert (again.replayed, again.settled) == (False, 6_000_000)
 
-    @pytest.mark.xfail(strict=True, reason="answers are chosen by the event's own time, not by when they were given")
     async def test_a_settled_key_of_a_late_event_has_its_answer_too(self, shop: Rig, redis: Redis) -> None:
         late, adjust = await shop.hot.now_ms() - 2 * DAY, Mode.ADJUST_ONLY
         first = await shop.consume("bob", INPUT, 1_000, key="late", event_ms=late, mode=adjust)
