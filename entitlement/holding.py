@@ -63,7 +63,7 @@ class Settle(msgspec.Struct, frozen=True):
 
 class Closing(msgspec.Struct, frozen=True):
     """The end of a hold without usage, or more time for it. `key`: of the report that nothing was used. `run_id`: of
-    the server on which it may expire.
+    the server on which it may expire. `stream`: has it from now on; or `leaves` it, unless another one has it.
     """
 
     tenant: str
@@ -74,6 +74,8 @@ class Closing(msgspec.Struct, frozen=True):
     ttl_ms: int = 0
     payload: bytes = b""
     run_id: str = ""
+    stream: str = ""
+    leaves: bool = False
 
     @property
     def asked(self) -> Consume:
@@ -280,6 +282,7 @@ def close_arguments(closing: Closing, limits: Limits) -> list[Argument]:
     return [
         *(closing.what, f"{closing.tenant} {closing.customer}", closing.hold, limits.remember_ms),
         *(fingerprint(closing.payload), closing.ttl_ms, limits.longest_hold_ms, closing.run_id),
+        *(closing.stream, int(closing.leaves)),
     ]
 
 

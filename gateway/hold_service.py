@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, TypeVar
 
@@ -36,6 +37,7 @@ class HoldService:
         self._catalog = catalog
         self._tenant = tenant
         self._closing: set[asyncio.Task[None]] = set()
+        self._left: set[MeterStream] = set()  # being closed
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         unary = grpc.unary_unary_rpc_method_handler
@@ -62,23 +64,29 @@ class HoldService:
         return await _or_refuse(self.released(request), context)
 
     async def meter(self, requests: AsyncIterator[pb.MeterRequest], context: Context) -> None:
-        stream = MeterStream(self._holds, self._tenant, context.write)
+        stream = MeterStream(self._holds, self._tenant, context.write, self._note, uuid.uuid4().hex)
         try:
             await stream.run(requests)
         except EntitlementError as error:
-            await self._finish(stream)
+            self._leave(stream)
             await refuse(context, error)
         finally:
-            if not stream.closed:  # Cancelled: the caller has gone, and waits for nothing.
-                closing = asyncio.create_task(self._finish(stream))
-                self._closing.add(closing)
-                closing.add_done_callback(self._closing.discard)
+            self._leave(stream)  # Also when it was cancelled: the caller has gone, and waits for nothing.
+
+    def _leave(self, stream: MeterStream) -> None:
+        if stream not in self._left and not stream.closed:
+            self._left.add(stream)
+            closing = asyncio.create_task(self._finish(stream))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     async def _finish(self, stream: MeterStream) -> None:
         try:
             await stream.close()
         except EntitlementError as error:  # The hold expires; what was not acknowledged is the caller's to send again.
             _log.warning("a stream could not be settled", error=str(error))
+        finally:
+            self._left.discard(stream)
 
     async def stop(self) -> None:
         """Returns when streams that have broken off are settled, or could not be in time: then their holds expire."""

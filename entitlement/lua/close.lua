@@ -4,6 +4,7 @@
 -- ARGV  1 what: R release, E expire (if it is time), S settle with nothing used, T more time   2 'tenant customer'   3 hold id
 --       4 memory of it, ms   5 of S: the request's fingerprint   6 of T: how long, ms   7 of T: at most, ms
 --       8 of E: run_id of the server that the ledger has opened: on no other does a hold expire
+--       9 of T: a stream that has the hold from now on, or ''   10 '1': it leaves it, unless another stream has it
 -- Returns as reserve.lua; '~' too when it had been done before, then with the balance of now; '!HOLD 12', '!HOLD 13';
 -- '!HOLD 15': the account is being built anew; '!LATER': it is not time yet.
 local held, what, member = read_hold(KEYS[2]), ARGV[1], ARGV[2] .. ' ' .. ARGV[3]
@@ -43,12 +44,17 @@ if held.state ~= 'H' then
   if not (what == 'S' and held.state == 'E') then return '!HOLD 13' end
 end
 if what == 'E' and now < held.expires then return '!LATER' end
+if what == 'T' and ARGV[10] == '1' then
+  local owner = redis.call('HGET', KEYS[2], 'v')
+  if owner and owner ~= ARGV[9] then return told('~', held.expires) end
+end
 local late = held.state == 'E'
 a.sequence = a.sequence + 1
 if what == 'T' then
   local expires = math.min(now + tonumber(ARGV[6]), held.created + tonumber(ARGV[7]))
   redis.call('HSET', KEYS[1], 'd', write_state(a))
   redis.call('HSET', KEYS[2], 'x', integer(expires))
+  if ARGV[9] ~= '' and ARGV[10] ~= '1' then redis.call('HSET', KEYS[2], 'v', ARGV[9]) end
   redis.call('ZADD', KEYS[4], expires, member)
   journal(KEYS[3], 4, ARGV[2], a, now, '-',
     struct.pack('<dddBddBsssss', now, held.created, expires, 1, 0, 0, 0, a.credit, '', '', ARGV[3], held.subject or ''))

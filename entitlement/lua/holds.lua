@@ -5,7 +5,7 @@
 --       n nanos left   u subject ('' none)   w start + 1 of the window that counted it on the subject's own limit, or 0, and
 --       o how many nanos that has counted of it
 --       l for each line: zero-terminated feature, units left and the start of the window that counted them on its quota, or 0
---       k:<key> fingerprint and answer of an extension   m number of the last report
+--       k:<key> fingerprint and answer of an extension   m number of the last report   v stream that has it
 -- x:<partition> (sorted set)  'tenant customer hold' by when it expires
 -- A hold that has ended is remembered as long as a key.
 local function read_hold(key)

@@ -22,7 +22,10 @@ local held, replay, check = read_hold(KEYS[4]), ARGV[REST + 3] == '1', false
 if not replay then
   if not held then return no_hold(KEYS[1]) end
   if held.state ~= 'H' and held.state ~= 'E' then return '!HOLD 13' end
-  if ARGV[REST + 6] ~= '0' and tonumber(ARGV[REST + 5]) ~= held.number + 1 then return '!NUMBER ' .. integer(held.number) end
+  -- An unnumbered report may be one that was gathered with others, and charged under the last one's key.
+  if (ARGV[REST + 6] ~= '0' or held.number > 0) and tonumber(ARGV[REST + 5]) ~= held.number + 1 then
+    return '!NUMBER ' .. integer(held.number)
+  end
 end
 local late = held ~= nil and held.state == 'E'
 local subject = ARGV[REST + 4] ~= '' and ARGV[REST + 4] or nil

@@ -76,7 +76,11 @@ class HoldStore:
     async def close(self, closing: Closing) -> HoldOutcome:
         """More time has a receipt. An end has none, for it charges nothing: where it is lost, the hold expires."""
         names = close_keys(closing, self._partition(closing.tenant, closing.customer))
-        draft = self._receipts.draft_hold(EXTENDED, closing.asked, _UNPRICED) if closing.what == "T" else b""
+        draft = (
+            self._receipts.draft_hold(EXTENDED, closing.asked, _UNPRICED)
+            if closing.payload and closing.what == "T"
+            else b""
+        )
         reply = await self._scripts.evaluate("close", names, close_arguments(closing, self._limits), draft)
         return parse_reserved(_text(reply), closing.asked)
 

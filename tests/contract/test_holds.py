@@ -12,7 +12,15 @@ from entitlement import keys
 from entitlement.account import Account, Billing, HotGrant, Quota, SubjectLimit
 from entitlement.decision import Charge, Decision, Limits, Mismatch, Mode, NotLoaded, Price, Reason, Stale, Verdict
 from entitlement.hold_requests import parse_extend
-from entitlement.holding import Closing, Reserve, Unordered, close_arguments, close_keys, reserve_arguments
+from entitlement.holding import (
+    Closing,
+    Reserve,
+    Unordered,
+    close_arguments,
+    close_keys,
+    parse_reserved,
+    reserve_arguments,
+)
 from entitlement.journal import Burn, Close, Consumed, Ended, Held, Settled
 from entitlement.periods import DAY, HOUR, Recurrence
 from entitlement.receipt import EXTENDED, draft, prices
@@ -301,9 +309,23 @@ class TestNumberedReports:
         assert bench.settle("h", (TOKENS, 10), numbers=(4, 8)) == Unordered(5)
         assert bench.settle("h", (TOKENS, 10), numbers=(7, 8)) == Unordered(5)
         assert kept(bench.settle("h", (TOKENS, 10), numbers=(6, 8))).left == 380
+        assert bench.settle("h", (TOKENS, 10)) == Unordered(8)  # It may be one of them.
         again = kept(bench.reserve("h", (TOKENS, 400)))
         assert (again.number, again.left, again.decision.replayed) == (8, 380, True)
         assert bench.account().settled == 20
+
+    def test_a_stream_leaves_a_hold_unless_another_has_it(self, bench: HoldsBench) -> None:
+        bench.reserve("h", (TOKENS, 400), ttl_ms=60_000)
+
+        def more_time(stream: str, ttl_ms: int, *, leaves: bool = False) -> int:
+            closing = Closing(TENANT, CUSTOMER, "h", "T", ttl_ms=ttl_ms, stream=stream, leaves=leaves)
+            reply = bench._run("close", close_keys(closing, PARTITION), close_arguments(closing, Limits()))
+            return kept(parse_reserved(reply, closing.asked)).expires_ms - bench.now()
+
+        assert more_time("one", 5_000, leaves=True) <= 5_000
+        assert more_time("two", 60_000) > 50_000
+        assert more_time("one", 5_000, leaves=True) > 50_000
+        assert more_time("two", 5_000, leaves=True) <= 5_000
 
 
 class TestReleaseAndExpiry:

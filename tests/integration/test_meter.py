@@ -139,6 +139,145 @@ async def test_a_stream_that_breaks_off_is_charged_what_it_reported(at: Site, ho
     await at.verified(customer)
 
 
+async def test_after_a_break_it_goes_on_with_the_same_hold(at: Site) -> None:
+    customer = await at.customer(USD)
+    first = Stream(at, customer, 100)
+    await first.begin()
+    for _ in range(5):
+        await first.report(3)
+    await first.heard()
+    await first.report(4)
+    first.call.cancel()
+    again = Stream(at, customer, 100, first.open.hold_id)
+    told = await again.begin()
+    assert told.signal == CONTINUE and told.acknowledged in (5, 6)
+    if told.acknowledged == 5:
+        await again.report(4)
+    await again.report(10, final=True)
+    assert (await again.heard()).acknowledged == 7
+    await again.ended()
+    await at.verified(customer)
+    assert (await at.balance(customer)).settled_nanos == 29 * CALL
+
+
+async def test_callers_who_leave_at_any_moment_leave_no_hold_and_lose_nothing_acknowledged(at: Site, seed: int) -> None:
+    random = Random(seed)
+    customer = await at.customer(10 * USD)
+    acknowledged = 0
+
+    async def leaves() -> int:
+        stream = Stream(at, customer, 10)
+        with suppress(TimeoutError, grpc.aio.AioRpcError, AssertionError):
+            async with asyncio.timeout(random.random() * 0.4):
+                await stream.begin()
+                while True:
+                    await stream.report(1)
+                    await stream.heard()
+        stream.call.cancel()
+        return stream.acknowledged
+
+    for _ in range(4):
+        found = await asyncio.gather(*[leaves() for _ in range(10)], return_exceptions=True)
+        acknowledged += sum(number for number in found if isinstance(number, int))
+    settled = await until(lambda: at.balance(customer), lambda found: found.held_nanos == 0, "something stays held")
+    await at.verified(customer)
+    assert acknowledged * CALL <= settled.settled_nanos <= (acknowledged + 40) * CALL
+
+
+async def test_what_is_denied_is_not_acknowledged_and_takes_nothing_along(at: Site) -> None:
+    customer = await at.customer(USD)
+    stream = Stream(at, customer, 100)
+    await stream.begin()
+    await stream.report(3)
+    await stream.report(2)
+    bad = pb.SettleRequest(idempotency_key=fresh("k"), number=3)
+    bad.usage.add(feature="nothing", quantity=1)
+    await stream.call.write(pb.MeterRequest(report=bad))
+    text = "usage: report 3 was denied: FEATURE_NOT_FOUND"
+    async with refused(grpc.StatusCode.INVALID_ARGUMENT, text):
+        while True:
+            await stream.hear()
+    assert stream.acknowledged <= 2
+    await until(lambda: at.balance(customer), lambda found: found.settled_nanos == 5 * CALL, "it is not charged")
+    await at.verified(customer)
+
+
+async def test_reports_of_more_kinds_than_one_call_may_have(at: Site) -> None:
+    customer = await at.customer(USD)
+    stream = Stream(at, customer, 100)
+    await stream.begin()
+    for first in (0, 9, 18):
+        stream.number += 1
+        report = pb.SettleRequest(idempotency_key=fresh("k"), number=stream.number)
+        for part in range(first, first + 9):
+            dimensions = {"token_type": "input", "part": f"p{part}"}
+            report.usage.add(feature="tokens", quantity=10, dimensions=dimensions)
+        await stream.call.write(pb.MeterRequest(report=report))
+    await stream.report(1, final=True)
+    await stream.heard()
+    await stream.ended()
+    await at.verified(customer)
+    rows = await at.rows("SELECT sum(quantity) FROM meters WHERE customer = $1 AND meter LIKE 'tokens%'", customer)
+    assert rows[0][0] == 270
+
+
+async def test_a_hold_that_is_released_under_its_stream(at: Site) -> None:
+    customer = await at.customer(USD)
+    stream = Stream(at, customer, 100)
+    await stream.begin()
+    await stream.report(3)
+    await stream.heard()
+    release = pb.ReleaseRequest(hold_id=stream.open.hold_id, customer=customer)
+    await at.gateway.Release(release, timeout=DEADLINE_S)
+    await stream.report(3)
+    answer = await stream.hear()
+    assert (answer.signal, answer.reason, answer.acknowledged) == (STOP, pb.REASON_HOLD_FINALIZED, 1)
+    await at.verified(customer)
+    assert (await at.balance(customer)).settled_nanos == 3 * CALL
+
+
+async def test_two_streams_of_one_hold_charge_each_report_once(at: Site) -> None:
+    customer = await at.customer(USD)
+    one = Stream(at, customer, 100)
+    await one.begin()
+    two = Stream(at, customer, 100, one.open.hold_id)
+    await two.begin()
+    for _ in range(3):
+        await two.report(2)
+    await two.heard()
+    await one.report(2)
+    assert (await one.heard()).acknowledged == 3
+    one.number = 3
+    await one.report(5)
+    await one.heard()
+    one.call.cancel()  # The hold is the other one's.
+    await two.report(5)  # It does not know of it.
+    assert (await two.heard()).acknowledged == 4
+    await two.report(1, final=True)
+    await two.heard()
+    await at.verified(customer)
+    assert (await at.balance(customer)).settled_nanos == 12 * CALL
+
+
+async def test_an_account_that_is_built_anew_in_the_middle(at: Site) -> None:
+    customer = await at.customer(USD)
+    stream = Stream(at, customer, 100)
+    await stream.begin()
+    await stream.report(3)
+    await stream.heard()
+    (account,) = [key async for key in at.hot.scan_iter(f"a:*{customer}")]
+    config = await at.hot.hget(account, "c")
+    assert config is not None
+    await at.hot.hset(account, "c", "frozen")
+    for _ in range(5):
+        await stream.report(1)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.8):
+            await stream.hear()
+    await at.hot.hset(account, "c", config)
+    await at.verified(customer)
+
+
 async def test_a_gateway_that_is_killed_in_the_middle_loses_and_doubles_no_report(fragile: DevStack, seed: int) -> None:
     random = Random(seed)
     async with opened(fragile) as (at, customers):
@@ -200,7 +339,6 @@ class TestBadInput:
             message.usage.add(feature="calls", quantity=1)
             await stream.call.write(pb.MeterRequest(report=message))
             await stream.hear()
-        await until(lambda: at.balance(customer), lambda found: found.held_nanos == 0, "something stays held")
         await at.verified(customer)
 
     async def test_opened_twice_and_after_the_last(self, at: Site) -> None:
