@@ -17,8 +17,9 @@ from entitlement.v1 import gateway_pb2 as pb
 from gateway.frontdoor.rules import Call, Facts, Rule, Source, Table
 
 # What a proxy and the server behind it may read differently: a rule for one path must not let another one through.
-# A ';' begins what some servers leave out of a segment: they take '/..;/' for '/../'.
-_AMBIGUOUS = re.compile(r"//|\\|/\.\.?(?:[/;]|$)|%(?:2[ef]|5c|00)", re.IGNORECASE | re.ASCII)
+# A ';' begins what some servers leave out of a segment; a '#' is no part of a path, and some cut there; a space or a
+# control character is trimmed by some.
+_AMBIGUOUS = re.compile(r"//|\\|[;#\x00-\x20\x7f]|/\.\.?(?:/|$)|%(?:2[ef]|5c)", re.IGNORECASE | re.ASCII)
 _WIRE_MODES: Final = {Mode.NORMAL: 1, Mode.CHECK_ONLY: 3, Mode.ADJUST_ONLY: 4}
 
 
@@ -56,14 +57,15 @@ class _Missing(Exception):
 
 def of_request(table: Table, method: str, path: str, host: str, facts: Facts) -> Found:
     """`path` as the proxy has it, with its query; `host` with or without its port."""
-    plain = path.partition("?")[0].partition("#")[0]
+    plain = path.partition("?")[0]
     decoded = unquote_to_bytes(plain).decode("utf-8", "replace")
     if table.of_paths and (not plain.startswith("/") or _AMBIGUOUS.search(plain) or _AMBIGUOUS.search(decoded)):
         message = (
-            f"path: {plain[:80]!a} has an empty or dot segment, or an escaped separator; let the proxy normalize it"
+            f"path: {plain[:80]!a} has an empty or dot segment, an escaped separator, a ';', '#', space or control "
+            "character; let the proxy normalize it"
         )
         return Refused(400, "AMBIGUOUS_PATH", message)
-    name = re.sub(r":[0-9]*$", "", host).lower()
+    name = re.sub(r":[0-9]*$", "", host).lower().rstrip(".")
     return of_rule(table.request(method, decoded, name), facts, table, f"{method} {plain[:80]}")
 
 

@@ -26,8 +26,11 @@ class RequestHeaders:
 
     def __init__(self, scope: Event) -> None:
         self._headers: dict[str, str] = {}
+        self.twice: set[str] = set()
         for raw, value in scope["headers"]:
             name, text = raw.decode("latin-1"), value.decode("latin-1").strip()
+            if name in self._headers:
+                self.twice.add(name)
             self._headers[name] = f"{self._headers[name]},{text}" if name in self._headers else text
 
     def header(self, name: str) -> str:
@@ -74,6 +77,8 @@ class ForwardDoor:
         for name in filter(None, named):
             if not facts.header(name):
                 return Refused(403, "MISSING", f"header {name} is missing, in which the proxy tells of the request")
+            if name in facts.twice:
+                return Refused(400, "AMBIGUOUS_PATH", f"header {name} is there twice: the proxy has to replace it")
         uri, method, host = (facts.header(name) if name else "" for name in named)
         return asking.of_request(self._table, method, uri, host, facts)
 

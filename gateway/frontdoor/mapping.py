@@ -128,6 +128,12 @@ class _Loader(yaml.BaseLoader):
             names.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        if node.style is None and node.value in ("null", "Null", "NULL", "~"):
+            line = node.start_mark.line + 1
+            raise InvalidArgument(f"line {line}", f"{node.value} is no value; leave the field out, or quote the text")
+        return str(super().construct_scalar(node))
+
 
 def _parsed(data: bytes) -> object:
     try:
