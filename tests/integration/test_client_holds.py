@@ -92,7 +92,7 @@ async def test_what_expired_is_reported_late_once(at: Site, stack: DevStack) -> 
         await at.balance_when(customer, USD)
         over = await client.extend(customer, hold, ttl=timedelta(minutes=1))
         assert over.reason is Reason.HOLD_FINALIZED
-        late = await client.settle(customer, hold, "calls", 12)
+        late = await client.settle(customer, hold, "calls", 12, final=True)
         assert late.allowed and late.late and late.balance.settled_nanos == 12 * CALL
         assert (await client.settle(customer, hold, "calls", 12)).reason is Reason.HOLD_FINALIZED
     await at.verified(customer)
