@@ -92,13 +92,13 @@ class MeterStream:
         """After a break: what was reported is charged, and the hold left for another stream to go on with."""
         if self.closed:
             return
+        self._say = _to_nobody  # The caller may have gone, and a word to it would end this.
         if self._in_hand is not None:  # It may have been done: the same once more, and nothing else under its key.
             reports, call = self._in_hand
             await self._taken(reports, call, await self._call(call))
         while self._pending and not self.closed:
             batch = self._batch()
-            if await self._settle(batch, final=batch[-1].final, skip=True) is None:
-                break
+            await self._settle(batch, final=batch[-1].final, skip=True)
         if not self.closed:
             await self._ask_time(LEFT_MS, leaves=True)
             self.closed = True
@@ -420,6 +420,10 @@ class MeterStream:
             if asked is not None:
                 self._denied(asked, kept.decision)
         await self._say(answer)
+
+
+async def _to_nobody(answer: pb.MeterResponse) -> None:
+    """What is told when nobody listens."""
 
 
 def _shape(line: pb.Usage) -> Shape:
