@@ -100,7 +100,6 @@ class Patrol:
         for name in [name for name in names if name in self._drifting and name in before]:
             self.beat()
             await self._heal(name)
-            self._export()
 
     async def _heal(self, customer: str) -> None:
         async with self._ledger.transaction(readonly=True) as connection:
@@ -108,6 +107,7 @@ class Patrol:
                 return
         report = await self._reconciler.verify(customer, repair=True, actor=ACTOR, logged=False)
         del self._drifting[customer]
+        self._export()
         if report.drifts:
             self._figures.repairs.inc()
             log.warning("healed", customer=customer, parts=[item.difference.part for item in report.drifts])
