@@ -9,34 +9,33 @@ with; then it expires, and the rest is given back.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Final
 
-from entitlement.decision import Consume, Decision, Reason, Verdict
+from entitlement.decision import Consume, Decision, Mode, Reason, Verdict
 from entitlement.errors import InvalidArgument, Overloaded, Unavailable
 from entitlement.hold_requests import DEFAULT_TTL_MS, parse_extend, parse_reserve, parse_settle
 from entitlement.holding import Closing, Kept, NoHold, Reserve, Settle, Unordered
-from entitlement.quantity import MAX_LINES, MAX_QUANTITY
+from entitlement.request import Usages, parse_lines
 from entitlement.v1 import gateway_pb2 as pb
 from gateway.answers import balance_of
 from gateway.holds import Holds
+from gateway.meter_budget import STOP, Budget
+from gateway.meter_reports import Reports, together, totals_of
 
 GATHER_S: Final = 0.25  # reports that come within it are settled together
-MAX_GATHERED_BYTES: Final = 8_192  # of reports that are settled together
-LOW_PERCENT: Final = 25  # of what was reserved: with less left, more is reserved
+LEAST_PART: Final = 16  # of what was reserved at first, that is asked for
 EXTEND_EVERY_S: Final = 1.0  # how often more is asked for, after it was denied
 RETRY_S: Final = 0.1
 RENEW_AGAIN_S: Final = 1.0
 AWAY_S: Final = 30.0  # how long a stream goes on while nothing can be settled
 LEFT_MS: Final = 10_000  # how long a hold stays whose stream has broken off
-MAX_PENDING: Final = 10_000  # reports of one stream that are not settled; then no more are read
 MAX_HOLD_BYTES: Final = 100  # of its id: the keys of its extensions are made of it
 
-CONTINUE, WIND_DOWN, STOP = pb.MeterResponse.CONTINUE, pb.MeterResponse.WIND_DOWN, pb.MeterResponse.STOP
 _RETRIED: Final = (Unavailable, Overloaded)
+_ENDED: Final = (Reason.HOLD_NOT_FOUND, Reason.HOLD_FINALIZED)
 Say = Callable[[pb.MeterResponse], Awaitable[None]]
-Shape = tuple[str, tuple[tuple[str, str], ...]]  # a feature and its dimensions
 Outcome = Kept | NoHold | Unordered
 
 
@@ -56,18 +55,14 @@ class MeterStream:
         self._open = pb.ReserveRequest()
         self._ttl_s = DEFAULT_TTL_MS / 1000
         self._renew_s = 0.0  # when more time is asked for
-        self._reserved: dict[Shape, int] = {}  # units
-        self._held = 0  # nanos reserved in all
-        self._prices: dict[Shape, int] = {}  # nanos a unit, the dearest seen
-        self._pending: list[pb.SettleRequest] = []
+        self._budget = Budget()
+        self._reports = Reports(tenant, self._open, 0)
         self._in_hand: tuple[list[pb.SettleRequest], Settle | Closing] | None = None  # being settled
-        self._news, self._urgent, self._room = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._over = self._final = False  # no more reports will come; the last one has
-        self._read = self._charged = 0  # numbers of the last reports
-        self._left = 0  # nanos that the hold sets aside
-        self._dry = Reason.NONE  # why there is no more
+        self._news, self._urgent = asyncio.Event(), asyncio.Event()
+        self._over_s = 0.0  # when it was seen that no more reports will come
         self._gone = False  # the hold has ended without us: what is reported all the same is charged late, if at all
         self._extend_s = 0.0
+        self._part = 1  # of what was reserved at first, more is asked for
         self.closed = True  # nothing is held
 
     async def run(self, requests: AsyncIterator[pb.MeterRequest]) -> None:
@@ -96,8 +91,8 @@ class MeterStream:
         if self._in_hand is not None:  # It may have been done: the same once more, and nothing else under its key.
             reports, call = self._in_hand
             await self._taken(reports, call, await self._call(call))
-        while self._pending and not self.closed:
-            batch = self._batch()
+        while self._reports and not self.closed:
+            batch = self._reports.batch()
             await self._settle(batch, final=batch[-1].final, skip=True)
         if not self.closed:
             await self._ask_time(LEFT_MS, leaves=True)
@@ -113,6 +108,7 @@ class MeterStream:
         if len(self._open.hold_id) > MAX_HOLD_BYTES:
             raise InvalidArgument("hold_id", f"has {len(self._open.hold_id)} bytes; a stream's has 1..{MAX_HOLD_BYTES}")
         reserve = parse_reserve(self._tenant, self._open)
+        self._expect(first)
         self._ttl_s = reserve.ttl_ms / 1000
         self.closed = False  # From here on something may be held, whoever is told of it.
         try:
@@ -124,9 +120,9 @@ class MeterStream:
             self.closed = True
             await self._stop(kept, reserve.asked)
             return False
-        self._read = self._charged = kept.number
+        self._reports = Reports(self._tenant, self._open, kept.number)
         self._renew_s = self._loop.time() + self._ttl_s / 2
-        self._add(reserve, kept)
+        self._budget.add(reserve, kept)
         if kept.decision.replayed:
             await self._resume(kept)
         if not self._gone:
@@ -142,18 +138,6 @@ class MeterStream:
         if self._gone:  # One that has expired is charged late, if there is something to charge.
             await self._stop(NoHold(Reason.HOLD_FINALIZED))
 
-    def _add(self, reserve: Reserve, kept: Kept) -> None:
-        self._left = kept.left
-        for line, held in zip(reserve.asked.lines, kept.decision.charged, strict=True):
-            shape = (line.feature, line.dimensions)
-            self._reserved[shape] = self._reserved.get(shape, 0) + held.quantity
-            self._held += held.amount
-            self._learn(shape, held.quantity, held.amount)
-
-    def _learn(self, shape: Shape, units: int, nanos: int) -> None:
-        if units:
-            self._prices[shape] = max(self._prices.get(shape, 0), -(-nanos // units))
-
     # Reports
 
     async def _read_on(self, requests: AsyncIterator[pb.MeterRequest]) -> None:
@@ -161,83 +145,50 @@ class MeterStream:
             async for message in requests:
                 if message.WhichOneof("step") != "report":
                     raise InvalidArgument("step", "the stream is open; what follows are reports")
-                self._take(message.report)
-                while len(self._pending) >= MAX_PENDING:
-                    self._room.clear()
-                    await self._room.wait()
+                self._expect(message)
+                if self._reports.take(message.report):
+                    self._news.set()
+                    self._hurry()
+                await self._reports.room()
         finally:
-            self._over = True
+            self._over_s = self._loop.time()
             self._news.set()
-            self._urgent.set()
 
-    def _take(self, report: pb.SettleRequest) -> None:
-        for field in ("hold_id", "customer"):
-            named, ours = getattr(report, field), getattr(self._open, field)
-            if named and named != ours:
-                raise InvalidArgument(field, f"{named!r} is not the stream's, {ours!r}")
-            setattr(report, field, ours)
-        if self._final:
-            raise InvalidArgument("final", "the last report was final; no other follows it")
-        parse_settle(self._tenant, report)
-        if 0 < report.number <= self._charged:
-            return  # Charged on an earlier stream.
-        if report.number != self._read + 1:
-            raise InvalidArgument("number", f"{report.number} does not follow {self._read}; expected {self._read + 1}")
-        self._read, self._final = report.number, report.final
-        self._pending.append(report)
-        self._news.set()
-        self._hurry()
+    def _expect(self, message: pb.MeterRequest) -> None:
+        try:
+            self._budget.due = parse_lines(_Due(message), Mode.CHECK_ONLY) if message.due else ()
+        except InvalidArgument as error:
+            raise InvalidArgument(error.field.replace("usage", "due", 1), error.problem) from None
 
     def _hurry(self) -> None:
         """Settles at once what ends the stream, or may use up what is left."""
-        if self._final or self._over or (self._left > 0 and self._pending and self._cost() >= self._left):
+        if self._reports.final or self._budget.may_take_all(self._reports.totals):
             self._urgent.set()
-
-    def _cost(self) -> int:
-        """Nanos of what is pending, at most; of what was never priced all that is left."""
-        total = 0
-        for report in self._pending:
-            for line in report.usage:
-                price = self._prices.get(_shape(line))
-                if price is None:
-                    return self._left
-                total += price * line.quantity
-        return total
 
     async def _gather(self) -> None:
         """Until there is something to settle, and others had time to join it; or it is time to renew the hold."""
         with suppress(TimeoutError):
             async with asyncio.timeout_at(self._renew_s if not self._gone else None):
                 await self._news.wait()
-        if self._pending or self._over:
+        if self._reports or self._over_s:
             with suppress(TimeoutError):
                 async with asyncio.timeout(GATHER_S):
                     await self._urgent.wait()
         self._news.clear()
         self._urgent.clear()
 
-    def _batch(self) -> list[pb.SettleRequest]:
-        """The first pending reports that one settlement may hold: of one time, within the bounds of a request."""
-        shapes: set[Shape] = set()
-        size = quantity = count = 0
-        for report in self._pending:
-            shapes |= {_shape(line) for line in report.usage}
-            size += report.ByteSize()
-            quantity += sum(line.quantity for line in report.usage)
-            same = report.event_time == self._pending[0].event_time
-            fits = len(shapes) <= MAX_LINES and size <= MAX_GATHERED_BYTES and quantity <= MAX_QUANTITY
-            if count and not (same and fits):
-                break
-            count += 1
-        return self._pending[:count]
+    @property
+    def _over(self) -> bool:
+        """The caller has ended the stream. One that was broken off looks alike for a moment, until this is cancelled."""
+        return bool(self._over_s) and self._loop.time() >= self._over_s + GATHER_S
 
     # Settling
 
     async def _flush(self) -> None:
         """Settles what is pending; finally, when the last report says so or no more will come."""
-        while self._pending and not self.closed:
-            batch = self._batch()
-            final = batch[-1].final or (self._over and len(batch) == len(self._pending))
+        while self._reports and not self.closed:
+            batch = self._reports.batch()
+            final = batch[-1].final or (self._over and len(batch) == len(self._reports))
             decision = await self._settle(batch, final=final)
             if decision is None:
                 return
@@ -246,7 +197,7 @@ class MeterStream:
             await self._tell(decision)
         if self._over and not self.closed:
             await self._end()
-        if self._pending:
+        if self._reports or self._over_s:
             self._news.set()
             self._hurry()
 
@@ -259,12 +210,12 @@ class MeterStream:
         if isinstance(outcome, Kept):
             await self._tell(outcome.decision)
 
-    async def _settle(self, batch: Sequence[pb.SettleRequest], *, final: bool, skip: bool = False) -> Decision | None:
+    async def _settle(self, batch: list[pb.SettleRequest], *, final: bool, skip: bool = False) -> Decision | None:
         """The answer to these reports as one; None: nothing of them is charged, and the caller has been told. What is
         denied is found, one by one, and ends the stream; or is passed over with `skip`.
         """
-        call = self._together(batch, final=final)
-        self._in_hand = (list(batch), call)
+        call = self._call_of(batch, final=final)
+        self._in_hand = (batch, call)
         decision = await self._taken(batch, call, await self._call(call))
         if decision is None or decision.verdict is not Verdict.DENY:
             return decision
@@ -276,12 +227,10 @@ class MeterStream:
             return decision
         if not skip:
             raise InvalidArgument("usage", f"report {batch[0].number} was denied: {decision.reason.name}")
-        self._pending = [report for report in self._pending if report is not batch[0]]
+        self._reports.drop(batch[0])
         return decision
 
-    async def _taken(
-        self, batch: Sequence[pb.SettleRequest], call: Settle | Closing, outcome: Outcome
-    ) -> Decision | None:
+    async def _taken(self, batch: list[pb.SettleRequest], call: Settle | Closing, outcome: Outcome) -> Decision | None:
         """Notes what has become of reports."""
         self._in_hand = None
         if isinstance(outcome, Unordered):
@@ -294,27 +243,21 @@ class MeterStream:
         decision = outcome.decision
         if decision.verdict is Verdict.DENY:
             return decision
-        self._charged = max(self._charged, batch[-1].number)
-        self._pending = [report for report in self._pending if report.number > self._charged]
-        self._room.set()
+        self._reports.done(batch[-1].number)
         self.closed = isinstance(call, Closing) or call.final
+        self._budget.charged(totals_of(batch), decision, outcome.left)
         if outcome.late:
-            self._gone, self._dry, self._left = True, Reason.HOLD_FINALIZED, 0
-        elif outcome.left >= 0:
-            self._left = outcome.left
-        for (shape, units), charged in zip(_totals(batch).items(), decision.charged, strict=False):
-            self._learn(shape, units, charged.amount)
+            self._gone = True
+            self._budget.lose(Reason.HOLD_FINALIZED)
         return decision
 
-    async def _overtaken(self, batch: Sequence[pb.SettleRequest], number: int) -> None:
+    async def _overtaken(self, batch: list[pb.SettleRequest], number: int) -> None:
         """Another stream of this hold was faster: the rest goes on after it."""
         if number < batch[0].number - 1:
             raise Unavailable(f"the hot store knows of report {number} and not of {batch[0].number - 1}: open it again")
-        self._charged, self._read = max(self._charged, number), max(self._read, number)
-        self._pending = [report for report in self._pending if report.number > number]
-        self._room.set()
+        self._reports.done(number)
         self._news.set()
-        await self._say(pb.MeterResponse(signal=self._signal(), acknowledged=self._charged))
+        await self._say(pb.MeterResponse(signal=self._budget.signal, acknowledged=self._reports.charged))
 
     async def _call(self, call: Settle | Closing) -> Outcome:
         """Once it is answered; an account that is being built anew answers in a moment."""
@@ -331,47 +274,48 @@ class MeterStream:
                     raise
             await asyncio.sleep(RETRY_S)
 
-    def _together(self, reports: Sequence[pb.SettleRequest], *, final: bool) -> Settle | Closing:
-        """Reports as one, under the key of the last."""
-        last = reports[-1]
-        message = pb.SettleRequest(hold_id=self._open.hold_id, customer=self._open.customer, final=final)
-        message.idempotency_key, message.number = last.idempotency_key, last.number
-        if last.HasField("event_time"):
-            message.event_time.CopyFrom(last.event_time)
-        for (feature, dimensions), quantity in _totals(reports).items():
-            message.usage.add(feature=feature, quantity=quantity, dimensions=dict(dimensions))
-        call = parse_settle(self._tenant, message)
+    def _call_of(self, reports: list[pb.SettleRequest], *, final: bool) -> Settle | Closing:
+        call = parse_settle(self._tenant, together(reports, final=final))
         if isinstance(call, Closing):
             return call
         # What was passed over belongs to the reports before the first.
-        return Settle(call.asked, call.hold, call.final, self._charged + 1, last.number)
+        return Settle(call.asked, call.hold, call.final, self._reports.charged + 1, call.last)
 
     # What is left
 
-    def _units_left(self) -> int:
-        """Of the scarcest feature, if all that is left went to it."""
-        prices = [self._prices[shape] for shape in self._reserved if self._prices.get(shape)]
-        return max(0, self._left) // max(prices) if prices else 0
-
     async def _extend(self) -> None:
-        if self._gone or self._left * 100 >= self._held * LOW_PERCENT or self._loop.time() < self._extend_s:
+        """By what was reserved at first; where there is not so much, by a part of it."""
+        if self._gone or not self._budget.low or self._loop.time() < self._extend_s:
             return
-        message = pb.ExtendRequest(hold_id=self._open.hold_id, customer=self._open.customer, more=self._open.usage)
-        message.idempotency_key = f"{self._open.hold_id}/x{self._charged}"
-        extend = parse_extend(self._tenant, message)
-        assert isinstance(extend, Reserve), "it asks for more"
+        was_dry = self._budget.dry
         self._extend_s = self._loop.time() + EXTEND_EVERY_S
         with suppress(*_RETRIED):
-            kept = await self._holds.reserve(extend)
-            if isinstance(kept, NoHold):
-                self._dry = kept.reason
-            elif kept.decision.verdict is Verdict.DENY:
-                self._dry = kept.decision.reason
+            while not await self._extend_by(self._part):
+                if self._part >= LEAST_PART or self._budget.dry in _ENDED:
+                    return
+                self._part *= 2
+            self._extend_s = 0.0
+            if was_dry:
+                self._part = 1
+
+    async def _extend_by(self, part: int) -> bool:
+        message = pb.ExtendRequest(hold_id=self._open.hold_id, customer=self._open.customer)
+        message.idempotency_key = f"{self._open.hold_id}/x{self._reports.charged}.{part}"
+        for line in self._budget.more(self._open.usage):
+            message.more.add(feature=line.feature, quantity=-(-line.quantity // part), dimensions=dict(line.dimensions))
+        extend = parse_extend(self._tenant, message)
+        assert isinstance(extend, Reserve), "it asks for more"
+        kept = await self._holds.reserve(extend)
+        if isinstance(kept, NoHold):
+            self._budget.dry = kept.reason
+            return False
+        if kept.decision.verdict is Verdict.DENY:
+            self._budget.dry = kept.decision.reason
+            if part == LEAST_PART:
                 self._denied(extend.asked, kept.decision)
-            else:
-                self._dry = Reason.NONE
-                self._extend_s = 0.0
-                self._add(extend, kept)
+            return False
+        self._budget.add(extend, kept)
+        return True
 
     async def _renew(self, *, now: bool = False) -> None:
         """More time, before half of it is over once more."""
@@ -382,7 +326,8 @@ class MeterStream:
         if isinstance(outcome, Kept):
             self._renew_s = self._loop.time() + self._ttl_s / 2
         elif isinstance(outcome, NoHold) and not _frozen(outcome):
-            self._gone, self._dry, self._left = True, outcome.reason, 0
+            self._gone = True
+            self._budget.lose(outcome.reason)
             if not now:
                 await self._stop(outcome)
 
@@ -400,20 +345,15 @@ class MeterStream:
 
     # What is told
 
-    def _signal(self) -> pb.MeterResponse.Signal.ValueType:
-        if not self._dry:
-            return CONTINUE
-        return WIND_DOWN if self._left > 0 else STOP
-
     async def _tell(self, decision: Decision) -> None:
-        answer = pb.MeterResponse(signal=self._signal(), acknowledged=self._charged, balance=balance_of(decision))
-        if self._dry:
-            answer.units_left = self._units_left()
-            answer.reason = self._dry  # type: ignore[assignment]
+        answer = pb.MeterResponse(signal=self._budget.signal, acknowledged=self._reports.charged)
+        answer.balance.CopyFrom(balance_of(decision))
+        answer.units_left = self._budget.units_left
+        answer.reason = self._budget.dry  # type: ignore[assignment]
         await self._say(answer)
 
     async def _stop(self, kept: Kept | NoHold, asked: Consume | None = None) -> None:
-        answer = pb.MeterResponse(signal=STOP, acknowledged=self._charged)
+        answer = pb.MeterResponse(signal=STOP, acknowledged=self._reports.charged)
         answer.reason = kept.reason if isinstance(kept, NoHold) else kept.decision.reason  # type: ignore[assignment]
         if isinstance(kept, Kept):
             answer.balance.CopyFrom(balance_of(kept.decision))
@@ -422,21 +362,15 @@ class MeterStream:
         await self._say(answer)
 
 
+class _Due:
+    """A message's lines of what is due, where parse_lines looks for them."""
+
+    def __init__(self, message: pb.MeterRequest) -> None:
+        self.usage: Usages = message.due
+
+
 async def _to_nobody(answer: pb.MeterResponse) -> None:
     """What is told when nobody listens."""
-
-
-def _shape(line: pb.Usage) -> Shape:
-    return line.feature, tuple(sorted(line.dimensions.items()))
-
-
-def _totals(reports: Sequence[pb.SettleRequest]) -> dict[Shape, int]:
-    """Units of all reports together, in the order in which their shapes come first."""
-    totals: dict[Shape, int] = {}
-    for report in reports:
-        for line in report.usage:
-            totals[_shape(line)] = totals.get(_shape(line), 0) + line.quantity
-    return totals
 
 
 def _frozen(outcome: Outcome) -> bool:

@@ -791,6 +791,7 @@ class MeterRequest(_message.Message):
 
     OPEN_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
+    DUE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___ReserveRequest:
         """first message"""
@@ -799,15 +800,22 @@ class MeterRequest(_message.Message):
     def report(self) -> Global___SettleRequest:
         """then as the stream goes on"""
 
+    @_builtins.property
+    def due(self) -> _containers.RepeatedCompositeFieldContainer[Global___Usage]:
+        """Used already, and reported later with its exact quantity (an LLM's input): kept out of what is left. Each message
+        says it anew.
+        """
+
     def __init__(
         self,
         *,
         open: Global___ReserveRequest | None = ...,
         report: Global___SettleRequest | None = ...,
+        due: _abc.Iterable[Global___Usage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["open", b"open", "report", b"report", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["open", b"open", "report", b"report", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["due", b"due", "open", b"open", "report", b"report", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["open", "report"]  # noqa: Y015
     _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
@@ -843,7 +851,7 @@ class MeterResponse(_message.Message):
     ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     signal: Global___MeterResponse.Signal.ValueType
     units_left: _builtins.int
-    """of the scarcest feature, for WIND_DOWN"""
+    """of the dearest feature, with what is set aside now"""
     reason: Global___Reason.ValueType
     acknowledged: _builtins.int
     """the reports up to this number are charged, and need not be sent again"""

@@ -19,6 +19,7 @@ from gateway.client.errors import (
 )
 from gateway.client.hold_calls import TaskHold, ThreadHold
 from gateway.client.holds import Reservation, Settlement
+from gateway.client.meter import Meter, Signal
 from gateway.client.options import Tls
 from gateway.client.sync import SyncClient
 from gateway.client.values import (
@@ -46,6 +47,7 @@ __all__ = [
     "EntitlementCallError",
     "IdempotencyMismatch",
     "InvalidArgument",
+    "Meter",
     "Mode",
     "Overloaded",
     "PermissionDenied",
@@ -54,6 +56,7 @@ __all__ = [
     "Request",
     "Reservation",
     "Settlement",
+    "Signal",
     "SubjectLimit",
     "SyncClient",
     "TaskHold",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from datetime import datetime
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -13,6 +13,8 @@ from gateway.client.backoff import Attempts, Backoff
 from gateway.client.decisions import Decisions
 from gateway.client.errors import ClientClosed, EntitlementCallError
 from gateway.client.hold_calls import TaskHolds
+from gateway.client.meter import Call
+from gateway.client.meters import TaskMeters
 from gateway.client.options import Options, Tls, Token
 from gateway.client.questions import Answer, Question, Underway, ask, balance_question
 from gateway.client.values import (
@@ -29,7 +31,7 @@ from gateway.client.values import (
 from gateway.client.wire import Wire, stream_ended
 
 
-class Client(TaskHolds):
+class Client(TaskHolds, TaskMeters):
     """Asks a gateway for decisions. Make one for a process and share it among its tasks.
 
         async with Client("unix:/run/entitlement/gateway.sock") as client:
@@ -82,6 +84,7 @@ class Client(TaskHolds):
             backoff=backoff or Backoff(),
             new_key=new_key,
         )
+        self._meters = set()
         self._running: _Running | None = None
         self._closed = False
 
@@ -95,10 +98,13 @@ class Client(TaskHolds):
             self._running = _Running(wire, Decisions(wire, self._options), underway)
 
     async def close(self) -> None:
-        """Takes no more calls, waits for those in flight (each has its deadline), disconnects. May be called twice."""
+        """Takes no more calls, ends its meters, waits for calls in flight (each has its deadline), disconnects. May be
+        called twice.
+        """
         self._closed = True
         if self._running is not None:
             try:
+                await self._end_meters()
                 await self._running.decisions.lane.close()
                 await self._running.underway.close()
             finally:
@@ -177,6 +183,14 @@ class Client(TaskHolds):
             except EntitlementCallError as problem:
                 pause_s = attempts.pause_s(problem)
             await asyncio.sleep(pause_s)
+
+    def _metering(self) -> AbstractAsyncContextManager[Call]:
+        if self._running is None:
+            raise ClientClosed("the client is not started")
+        return self._running.wire.meter()
+
+    async def _decide(self, request: Request) -> Decision:
+        return await self._started(request.key or "").decisions.decide(request)
 
     async def _ask(self, question: Question[Answer]) -> Answer:
         running = self._started(question.key)

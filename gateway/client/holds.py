@@ -92,6 +92,13 @@ def reserve(
     return Question(RESERVE, packed(make, hold), lambda data: _reserved(hold, data), hold)
 
 
+def opening(
+    hold: str, customer: str, usage: Sequence[Usage], ttl: timedelta | None, subject: str | None
+) -> pb.ReserveRequest:
+    """Of a meter. Raises InvalidArgument for what cannot be put on the wire."""
+    return pb.ReserveRequest.FromString(reserve(hold, customer, usage, ttl, subject, "normal", None).request)
+
+
 def extend(key: str, hold: str, customer: str, more: Sequence[Usage], ttl: timedelta | None) -> Question[Reservation]:
     def make() -> pb.ExtendRequest:
         message = pb.ExtendRequest(idempotency_key=key, hold_id=hold, customer=customer)
@@ -103,10 +110,18 @@ def extend(key: str, hold: str, customer: str, more: Sequence[Usage], ttl: timed
 
 
 def settle(
-    key: str, hold: str, customer: str, usage: Sequence[Usage], final: bool, event_time: datetime | None
+    key: str,
+    hold: str,
+    customer: str,
+    usage: Sequence[Usage],
+    final: bool,
+    event_time: datetime | None,
+    number: int = 0,
 ) -> Question[Settlement]:
+    """`number`: of a meter's report."""
+
     def make() -> pb.SettleRequest:
-        message = pb.SettleRequest(idempotency_key=key, hold_id=hold, customer=customer, final=final)
+        message = pb.SettleRequest(idempotency_key=key, hold_id=hold, customer=customer, final=final, number=number)
         add_lines(message.usage, usage)
         if event_time is not None:
             set_time(message.event_time, event_time)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from functools import cache
 
 import grpc
@@ -22,6 +23,8 @@ _SERVICE = "/entitlement.v1.EntitlementGateway/"
 ONE = f"{_SERVICE}CheckAndConsume"
 MANY = f"{_SERVICE}CheckAndConsumeBatch"
 WATCH = f"{_SERVICE}WatchBalance"
+METER = f"{_SERVICE}Meter"
+_BROKEN = "Internal error from Core"
 Answers = Sequence[pb.CheckAndConsumeResponse]
 
 
@@ -40,12 +43,13 @@ class Wire:
         self._many: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = unary(MANY)
         self._alone: dict[str, grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]] = {name: unary(name) for name in ALONE}
         self._watch: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = stream(WATCH)
-        self._watching: set[grpc.aio.UnaryStreamCall[bytes, bytes]] = set()
+        self._meter: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(METER)
+        self._streams: set[grpc.aio.Call] = set()
         self._closed = False
 
     async def close(self) -> None:
         self._closed = True
-        for call in tuple(self._watching):
+        for call in tuple(self._streams):
             call.cancel()
         await self._channel.close()
 
@@ -72,7 +76,7 @@ class Wire:
     async def watch(self, request: bytes, first_within_s: float) -> AsyncGenerator[pb.GetBalanceResponse]:
         """Every answer of one stream. Ends when the gateway ends it; leaving the iteration cancels the call."""
         call = self._watch(request, metadata=self._metadata())
-        self._watching.add(call)
+        self._streams.add(call)
         try:
             data = await asyncio.wait_for(call.read(), first_within_s)
             while isinstance(data, bytes):
@@ -86,7 +90,21 @@ class Wire:
             self._check_open()
             raise
         finally:
-            self._watching.discard(call)
+            self._streams.discard(call)
+            call.cancel()
+
+    @asynccontextmanager
+    async def meter(self) -> AsyncGenerator[MeterCall]:
+        """A stream in both directions, cancelled when the block is left."""
+        call = self._meter(metadata=self._metadata())
+        self._streams.add(call)
+        try:
+            yield MeterCall(call)
+        except asyncio.CancelledError:
+            self._check_open()
+            raise
+        finally:
+            self._streams.discard(call)
             call.cancel()
 
     def _check_open(self) -> None:
@@ -94,6 +112,36 @@ class Wire:
         task = asyncio.current_task()
         if self._closed and (task is None or not task.cancelling()):
             raise ClientClosed from None
+
+
+class MeterCall:
+    """Both raise EntitlementCallError."""
+
+    def __init__(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+        self._call = call
+
+    async def write(self, message: pb.MeterRequest) -> None:
+        try:
+            await self._call.write(message.SerializeToString())
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:  # The latter: it is over.
+            raise _of_stream(error) from None
+
+    async def read(self) -> pb.MeterResponse | None:
+        """None: it has ended."""
+        try:
+            data = await self._call.read()
+            return pb.MeterResponse.FromString(data) if isinstance(data, bytes) else None
+        except (grpc.RpcError, DecodeError) as error:
+            raise _of_stream(error) from None
+
+
+def _of_stream(error: grpc.RpcError | DecodeError | asyncio.InvalidStateError) -> EntitlementCallError:
+    """A write that meets a broken connection makes an error of grpc's own out of the call's."""
+    if isinstance(error, asyncio.InvalidStateError):
+        return stream_ended()
+    if isinstance(error, grpc.aio.AioRpcError) and error.details() == _BROKEN:
+        return call_error(grpc.StatusCode.UNAVAILABLE, "the connection broke")
+    return translated(error)
 
 
 def joined(requests: Sequence[bytes]) -> bytes:
@@ -129,7 +177,7 @@ def no_answer(within_s: float) -> EntitlementCallError:
 
 
 def stream_ended() -> EntitlementCallError:
-    """A watch has no end of its own: the gateway that ended it is going away."""
+    """Which has no end of its own: the gateway that ended it is going away."""
     return call_error(grpc.StatusCode.UNAVAILABLE, "the gateway ended the stream")
 
 
