@@ -179,7 +179,7 @@ class MeterStream:
 
     @property
     def _over(self) -> bool:
-        """The caller has ended the stream. One that was broken off looks alike for a moment, until this is cancelled."""
+        """The caller has ended the stream. One that breaks off looks alike for a moment, until this is cancelled."""
         return bool(self._over_s) and self._loop.time() >= self._over_s + GATHER_S
 
     # Settling

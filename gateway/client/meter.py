@@ -115,6 +115,8 @@ class Meter:
         self._over = over
         self._loop = asyncio.get_running_loop()
         self._due = tuple(due)
+        self._due_units = self._due_heard = sum([line.quantity for line in due])  # `_due_heard`: as last answered
+        self._due_sent: dict[int, int] = {}  # by report
         self._answer = pb.MeterResponse()
         self._heard_so_far = 0  # answers
         self._gathered: dict[Shape, int] = {}
@@ -169,22 +171,27 @@ class Meter:
         self._gathered[shape] = self._gathered.get(shape, 0) + quantity
         self._gathered_units += quantity
         self._news.set()
-        if self._reported_units + self._gathered_units >= self.units_left:
+        if self._unheard >= self.units_left:
             self._urgent.set()
+
+    @property
+    def _unheard(self) -> int:
+        """Units that `units_left` does not take into account yet."""
+        return self._reported_units + self._gathered_units + max(0, self._due_units - self._due_heard)
 
     def expect(self, *due: Usage) -> None:
         """What is used already and told later, with its exact quantity: it is kept out of what is left. Each call says
-        it anew; without lines nothing is due.
+        it anew; without lines nothing is due. It travels with what is used.
         """
         self._due = due
+        self._due_units = sum([line.quantity for line in due])
 
     async def room(self) -> None:
         """Waits while what is not acknowledged yet may use up what is left, so that STOP is not overrun. Raises what
         has ended the stream.
         """
         while self._task is not None and not self._task.done() and self.signal is not Signal.STOP:
-            pending = self._reported_units + self._gathered_units
-            if not pending or pending < self.units_left:
+            if not self._reported_units + self._gathered_units or self._unheard < self.units_left:
                 return
             self._urgent.set()
             await self._answered()
@@ -291,9 +298,12 @@ class Meter:
             sent = 0
             while True:
                 for report in [report for report in self._reports if report.number > sent]:
+                    self._due_sent[report.number] = self._due_units
                     await call.write(self._message(report))
                     sent = report.number
-                if self._ending:
+                if sent < self._number:
+                    continue  # Made meanwhile.
+                if self._final:
                     return
                 await self._news.wait()
                 with suppress(TimeoutError):
@@ -350,7 +360,9 @@ class Meter:
         if self.signal is not Signal.STOP:
             self.allowed = True
         while self._reports and self._reports[0].number <= answer.acknowledged:
-            self._reported_units -= self._reports.popleft().units
+            report = self._reports.popleft()
+            self._reported_units -= report.units
+            self._due_heard = self._due_sent.pop(report.number, self._due_heard)
         self._wake()
 
     def _wake(self) -> None:
