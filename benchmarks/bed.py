@@ -83,22 +83,26 @@ class Bed:
             conf.write("track_commit_timestamp = on\n")  # How long a decision was on its way into the ledger.
 
     @contextmanager
-    def site(self, transport: str = "envoy", durability: str = "receipt") -> Iterator[Site]:
-        """A stack on a copy of the prepared folder; both go away afterwards."""
+    def site(self, transport: str = "envoy", durability: str = "receipt", mapping: str = "") -> Iterator[Site]:
+        """A stack on a copy of the prepared folder; both go away afterwards. `mapping`: of its front doors, in YAML."""
         self._made += 1
         folder = self.folder / f"trial-{self._made}"
         copy_folder(self._template, folder)
         try:
-            with self._running(folder, transport, durability) as site:
+            with self._running(folder, transport, durability, mapping) as site:
                 yield site
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
-    def _running(self, folder: Path, transport: str, durability: str = "receipt") -> Iterator[Site]:
+    def _running(self, folder: Path, transport: str, durability: str = "receipt", mapping: str = "") -> Iterator[Site]:
         deaths: list[str] = []
         gateway = {"ENTITLEMENT_GATEWAY_TRANSPORT": transport, "ENTITLEMENT_GATEWAY_REFLECTION": "false"}
         gateway["ENTITLEMENT_GATEWAY_DURABILITY"] = durability
+        if mapping:
+            file = self.folder / "frontdoor.yaml"
+            file.write_text(mapping)
+            gateway["ENTITLEMENT_GATEWAY_FRONTDOOR"] = str(file)
         hot = {"LD_PRELOAD": self.preload} if self.preload else {}
         stack = DevStack(folder, env={"gateway": gateway, "valkey": hot}, report=deaths.append)
         stack.start()

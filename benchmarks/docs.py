@@ -9,9 +9,10 @@ from typing import Final
 
 from benchmarks.model import Results, ScenarioResult
 from benchmarks.report.page import ROLES, arm_rows
+from benchmarks.report.tables import own_table
 
 PAGE: Final = Path(__file__).parents[1] / "docs/performance.md"
-_MARK: Final = re.compile(r"(<!-- figures: (?P<name>[a-z ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARK: Final = re.compile(r"(<!-- figures: (?P<name>[a-z_ ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 class UnknownFigures(ValueError):
@@ -42,7 +43,10 @@ def sections(results: Results) -> Mapping[str, str]:
     return found | {name: _figures(results.scenario(name)) for name in _SCENARIOS}
 
 
-_SCENARIOS: Final = ("unary", "batch", "keys", "denials", "drain", "cold", "trace", "growth")
+_SCENARIOS: Final = (
+    *("unary", "batch", "keys", "denials", "drain", "cold", "trace", "growth"),
+    *("ext_authz", "streams", "middleware"),
+)
 
 
 def _run(results: Results) -> str:
@@ -72,6 +76,8 @@ def _figures(scenario: ScenarioResult | None) -> str:
     head = ["arm", "measure", "decisions/s", "p50 ms", "p99 ms", "p99.9 ms", *(f"{role} µs" for role in ROLES[:-1])]
     rows = [row[: len(head)] for arm in scenario.arms for row in arm_rows(arm)]
     notes = "".join(f"\n\n- {note}" for note in scenario.notes)
+    if own := own_table(scenario):
+        return table(own.head, own.rows, numbers=own.numbers) + notes
     return table(head, rows, numbers=2) + notes
 
 

@@ -23,6 +23,8 @@ BUILD_S: Final = 300.0
 SLACK_S: Final = 90.0  # how long a load may take beyond its own bound
 METHOD: Final = "/entitlement.v1.EntitlementGateway/"
 UNARY, BATCH, STREAM = (METHOD + name for name in ("CheckAndConsume", "CheckAndConsumeBatch", "CheckAndConsumeStream"))
+METER: Final = METHOD + "Meter"
+PAGE: Final = "/v1/bench"  # what is asked of a proxy
 
 
 class GeneratorMissing(RuntimeError):
@@ -46,7 +48,7 @@ class Choice(msgspec.Struct, frozen=True):
 class Load(msgspec.Struct, frozen=True):
     """What is sent. Ends when `count` decisions are asked for or `seconds` have passed, whichever is first."""
 
-    mode: str = "unary"  # unary, batch, stream, plan, resp
+    mode: str = "unary"  # unary, batch, stream, plan, resp, http, meter
     open: bool = False
     poisson: bool = False
     rate: float = 0.0  # open: calls a second
@@ -64,10 +66,17 @@ class Load(msgspec.Struct, frozen=True):
     file: str = ""
     speed: float = 1.0
     opaque: bool = False
+    feature: str = "calls"
+    dimensions: dict[str, str] = {}  # meter; `in_flight` is streams then
+    stream_ms: int = 0  # how long one reports
+    report_ms: int = 0  # from one report to the next
+    report_units: int = 0
+    hold_units: int = 0
+    unit_nanos: int = 0  # the price
 
     @property
     def path(self) -> str:
-        return {"batch": BATCH, "stream": STREAM}.get(self.mode, UNARY)
+        return {"batch": BATCH, "stream": STREAM, "http": PAGE, "meter": METER}.get(self.mode, UNARY)
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -90,6 +99,10 @@ class Outcome(msgspec.Struct, frozen=True):
     replays_checked: int = 0
     replays_unequal: int = 0
     example: str = ""
+    opening: Histogram = Histogram()
+    units: int = 0
+    sent_units: int = 0
+    stream_seconds: float = 0.0
 
 
 class Generator:
@@ -105,8 +118,8 @@ class Generator:
         """Sends the load. `begin` and `end` are called with the generator's process id when nothing is sent yet, and
         when the last answer is in. `run` stands in every key.
         """
-        spec = msgspec.to_builtins(load) | {"target": target, "path": load.path, "run": run, "feature": "calls"}
-        deadline = time.monotonic() + load.seconds + load.deadline_ms / 1e3 + SLACK_S
+        spec = msgspec.to_builtins(load) | {"target": target, "path": load.path, "run": run}
+        deadline = time.monotonic() + load.seconds + (load.stream_ms + load.deadline_ms) / 1e3 + SLACK_S
         process = subprocess.Popen(
             [str(self._binary), msgspec.json.encode(spec).decode()],
             stdin=subprocess.PIPE,

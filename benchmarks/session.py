@@ -40,7 +40,7 @@ class Session:
         self.trials = trials
         self.trace = trace
         self.grpcio = tuple(grpcio)
-        self._shared: dict[tuple[str, str], Site] = {}
+        self._shared: dict[tuple[str, str, str], Site] = {}
         self._exits = ExitStack()
 
     def pick(self, whole: float, quick: float) -> float:
@@ -50,16 +50,16 @@ class Session:
         return quick if self.quick else whole
 
     @contextmanager
-    def site(self, transport: str = "envoy", durability: str = "receipt") -> Iterator[Site]:
+    def site(self, transport: str = "envoy", durability: str = "receipt", mapping: str = "") -> Iterator[Site]:
         """A stack that is warm."""
         if not self.quick:
-            with self.bed.site(transport, durability) as site:
+            with self.bed.site(transport, durability, mapping) as site:
                 self._warm(site)
                 yield site
             return
-        kind = (transport, durability)
+        kind = (transport, durability, mapping)
         if kind not in self._shared:
-            self._shared[kind] = self._exits.enter_context(self.bed.site(transport, durability))
+            self._shared[kind] = self._exits.enter_context(self.bed.site(*kind))
             self._warm(self._shared[kind])
         yield self._shared[kind]
 

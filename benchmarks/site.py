@@ -107,10 +107,21 @@ def _measure(name: str, load: Load, outcome: Outcome, before: Snapshot, after: S
         others_cpu=max(0.0, others),
         stolen_cpu=(after.stolen_s - before.stolen_s) / lasted,
         redis={what: amount / decisions for what, amount in redis.items()},
+        extra=_of_streams(outcome) if outcome.stream_seconds else {},
         example=outcome.example,
         replays_checked=outcome.replays_checked,
         replays_unequal=outcome.replays_unequal,
     )
+
+
+def _of_streams(outcome: Outcome) -> dict[str, float]:
+    return {
+        "units": outcome.units,
+        "sent units": outcome.sent_units,
+        "stream seconds": outcome.stream_seconds,
+        "opening p50 ms": outcome.opening.percentile(50) / 1e6,
+        "opening p99 ms": outcome.opening.percentile(99) / 1e6,
+    }
 
 
 class Site:
@@ -142,17 +153,22 @@ class Site:
         assert pid is not None, f"{name} does not run"
         return pid
 
-    def probe(self) -> Probe:
+    def probe(self, **others: int) -> Probe:
+        """`others`: processes beside the stack's, by what they are called."""
         pids = {role: pid for name, role in ROLES.items() if (pid := self.stack.pid(name)) is not None}
-        return Probe(pids, self.redis)
+        return Probe(pids | others, self.redis)
 
-    def load(self, name: str, load: Load) -> Measure:
-        """Sends a load to the gateway. Keys are never used twice."""
-        self._runs += 1
-        run = f"{name.replace(' ', '-').replace(',', '')}-{self._runs}-{os.urandom(4).hex()}"
-        measure = measure_load(self._generator, self.probe(), self.stack.gateway, name, load, run)
+    def load(self, name: str, load: Load, target: str = "", probe: Probe | None = None) -> Measure:
+        """Sends a load to the gateway, or to who asks it. Keys are never used twice."""
+        measure = self.visit(name, load, target or self.stack.gateway, probe)
         self.tally.add(measure)
         return measure
+
+    def visit(self, name: str, load: Load, target: str, probe: Probe | None = None) -> Measure:
+        """Sends a load of which the gateway is told nothing."""
+        self._runs += 1
+        run = f"{name.replace(' ', '-').replace(',', '')}-{self._runs}-{os.urandom(4).hex()}"
+        return measure_load(self._generator, probe or self.probe(), target, name, load, run)
 
     def warm_up(self, seconds: float, load: Load) -> None:
         """Not measured, but accounted for."""

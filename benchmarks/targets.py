@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import msgspec
+
 from benchmarks.model import Measure, Results, Target
 from benchmarks.spread import is_void, ratios, spread
 
@@ -18,6 +20,9 @@ RECEIPT: Final[Where] = ("receipts", "receipt")
 NO_RECEIPT: Final[Where] = ("receipts", "redis")
 DRAIN: Final[Where] = ("drain", "envoy")
 COLD: Final[Where] = ("cold", "envoy")
+FRONT: Final[Where] = ("ext_authz", "envoy")
+STREAMS: Final[Where] = ("streams", "envoy")
+CHUNKS: Final[Where] = ("middleware", "asgi")
 MILLION: Final = 1_000_000
 
 
@@ -35,6 +40,11 @@ class Line:
 
     def at_least(self, limit: float, unit: str, values: Sequence[float]) -> Target:
         return self._judged(f"≥ {number(limit)}{unit}", unit, values, lambda value: value >= limit)
+
+    def told(self, unit: str, values: Sequence[float]) -> Target:
+        """What nobody has set a bound to."""
+        target = self._judged("–", unit, values, lambda value: True)
+        return msgspec.structs.replace(target, met=None)
 
     def _judged(self, wanted: str, unit: str, values: Sequence[float], holds: Callable[[float], bool]) -> Target:
         found = spread(values)
@@ -250,6 +260,40 @@ def _cold_all(results: Results) -> Target:
     return line.at_most(10, " s", [10_000 / measure.rate for measure in measures if measure.rate])
 
 
+def _ext_authz(results: Results) -> Target:
+    pairs = results.pairs((*FRONT, "with"), (*FRONT, "without"))
+    line = Line(results, "ext_authz added latency, p50, one request in flight")
+    if found := spread([plain.percentile_us(50) for _, plain in pairs]):
+        line.notes.append(f"without it a request takes {number(found.median)} µs")
+    return line.told(" µs", [asked.percentile_us(50) - plain.percentile_us(50) for asked, plain in pairs])
+
+
+def _stream_count(results: Results) -> Target:
+    """The most that held, of each trial."""
+    highest = results.measured(*STREAMS, "highest")
+    line = Line(results, "LLM streams a gateway core, reports acknowledged within 1 s (p99)")
+    line.notes += [f"{name} used {number(share)} cores" for name, share in _shares(highest, "gateway", "loadgen")]
+    if any(measure.extra["bounded"] for measure in highest):
+        line.notes.append("more were not tried")
+    return line.told("", [measure.extra["streams"] for measure in highest])
+
+
+def _shares(measures: Sequence[Measure], *roles: str) -> list[tuple[str, float]]:
+    found = [(role, spread([m.cpu_share[role] for m in measures if role in m.cpu_share])) for role in roles]
+    return [(role, share.median) for role, share in found if share]
+
+
+def _stream_cpu(results: Results) -> Target:
+    highest = [measure for measure in results.measured(*STREAMS, "highest") if measure.extra["streams"]]
+    line = Line(results, "gateway CPU a second of an LLM stream, at so many")
+    return line.told(" µs", [measure.extra["gateway µs a stream second"] for measure in highest])
+
+
+def _chunk(results: Results) -> Target:
+    values = [measure.extra["added us"] for measure in results.measured(*CHUNKS, "with")]
+    return Line(results, "latency that the ASGI middleware adds to a chunk, no I/O").at_most(200, " µs", values)
+
+
 _JUDGES: Final[tuple[Judge, ...]] = (
     _unary_cpu,
     _against_empty(),
@@ -278,4 +322,8 @@ _JUDGES: Final[tuple[Judge, ...]] = (
     _steady_lag,
     _cold_one,
     _cold_all,
+    _ext_authz,
+    _stream_count,
+    _stream_cpu,
+    _chunk,
 )

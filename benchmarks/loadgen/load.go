@@ -198,12 +198,7 @@ func (l *lane) note(data, request []byte) {
 	l.result.Decisions++
 }
 
-func (l *lane) fail(what string, items int, unknown bool) {
-	l.result.Failed[what] += int64(items)
-	if unknown {
-		l.result.Unknown += int64(items)
-	}
-}
+func (l *lane) fail(what string, items int, unknown bool) { l.result.fail(what, items, unknown) }
 
 func (l *lane) streamMessage(data []byte) {
 	a, err := readAnswer(data)
@@ -435,25 +430,7 @@ func collect(lanes []*lane, start int64, result *Result) {
 	last := start
 	for _, l := range lanes {
 		l.conn.Lock()
-		r := &l.result
-		result.Calls += r.Calls
-		result.Decisions += r.Decisions
-		result.Allowed += r.Allowed
-		result.Replayed += r.Replayed
-		result.Unknown += r.Unknown
-		result.Skipped += r.Skipped
-		result.Late += r.Late
-		result.Amount += r.Amount
-		result.Latency.Merge(&r.Latency)
-		for key, count := range r.Denied {
-			result.Denied[key] += count
-		}
-		for key, count := range r.Failed {
-			result.Failed[key] += count
-		}
-		if r.Example != "" {
-			result.Example = r.Example
-		}
+		l.result.addTo(result)
 		last = max(last, l.last)
 		l.conn.Unlock()
 	}

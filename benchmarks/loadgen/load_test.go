@@ -26,6 +26,25 @@ func TestZipfDrawsTheFirstCustomersAsOftenAsItSays(t *testing.T) {
 	}
 }
 
+func TestASettlementCountsEveryReportThatItCharges(t *testing.T) {
+	spec := Spec{ReportMs: 100, ReportUnits: 50, UnitNanos: 3, DeadlineMs: 1_000}
+	l := newMeterLane(&spec, 0)
+	l.stopAt = now() + 1e12
+	m := &metering{stream: &stream{id: 1}, opened: now(), sent: 4, last: 40}
+	l.open[1] = m
+	l.message(m.stream, appendVarint(appendVarint(nil, meterSignal, 1), meterAcknowledged, 3))
+	l.message(m.stream, appendVarint(nil, meterAcknowledged, 3))
+	r := &l.result
+	if r.Allowed != 1 || r.Decisions != 3 || r.Units != 150 || r.Amount != 450 || r.Latency.Total != 3 || len(r.Failed) != 0 {
+		t.Errorf("%+v", r)
+	}
+	l.stopAt = 0 // No other stream follows.
+	l.ended(m.stream, 14)
+	if r.Failed["14"] != 1 || r.Unknown != 1 || r.Calls != 0 {
+		t.Errorf("%+v", r)
+	}
+}
+
 func TestInOrderEveryCustomerComesOnce(t *testing.T) {
 	chooser := newChooser(Choice{Prefix: "c-", Count: 3, First: 10, Order: true}, 1)
 	var names []byte

@@ -1,4 +1,5 @@
-// Command loadgen sends gRPC calls to a gateway (or packed commands to Redis) and says what became of each.
+// Command loadgen sends gRPC calls to a gateway (or packed commands to Redis, or HTTP requests to a proxy) and says what
+// became of each.
 //
 // It is told what to do by one JSON object, its only argument, and answers with one JSON object on its last line. When
 // the load is about to begin it prints "begin" and waits for a line on its standard input; when the load has ended it
@@ -21,7 +22,7 @@ import (
 // Spec is what to do. Times are in the unit that their name says.
 type Spec struct {
 	Target      string  `json:"target"` // host:port or unix:/path
-	Mode        string  `json:"mode"`   // unary, batch, stream, plan, resp
+	Mode        string  `json:"mode"`   // unary, batch, stream, plan, resp, http, meter
 	Path        string  `json:"path"`   // of the method
 	Open        bool    `json:"open"`   // calls come when they come, whatever the answers do
 	Poisson     bool    `json:"poisson"`
@@ -42,6 +43,14 @@ type Spec struct {
 	File        string  `json:"file"`    // plan: due times and requests; resp: commands
 	Speed       float64 `json:"speed"`   // plan: so many times as fast
 	Opaque      bool    `json:"opaque"`  // answers have no content to look at
+
+	// meter: in_flight is streams
+	StreamMs    int               `json:"stream_ms"` // how long one reports
+	ReportMs    int               `json:"report_ms"` // from one report to the next
+	ReportUnits int               `json:"report_units"`
+	HoldUnits   int               `json:"hold_units"`
+	UnitNanos   int64             `json:"unit_nanos"` // the price
+	Dimensions  map[string]string `json:"dimensions"`
 }
 
 func (s *Spec) check() error {
@@ -66,6 +75,10 @@ func (s *Spec) check() error {
 		return errors.New("deadline_ms is outside 1..60000")
 	case s.Open && s.Mode != "plan" && (s.Rate <= 0 || s.Rate > 1e6):
 		return errors.New("rate is outside 0..1000000")
+	case s.Mode == "meter" && (s.ReportMs < 1 || s.StreamMs < s.ReportMs || s.StreamMs > 600_000):
+		return errors.New("report_ms is outside 1..stream_ms, or stream_ms above 600000")
+	case s.Mode == "meter" && (s.ReportUnits < 1 || s.HoldUnits < 1):
+		return errors.New("report_units or hold_units is below 1")
 	}
 	return nil
 }
@@ -89,6 +102,46 @@ type Result struct {
 	Checked   int64            `json:"replays_checked"`
 	Unequal   int64            `json:"replays_unequal"`
 	Example   string           `json:"example"` // of what failed
+
+	// meter: a decision is a report that was acknowledged, what is allowed a settlement, a call a stream
+	Opening       Histogram `json:"opening"`        // ns, from a stream's opening to its first answer
+	Units         int64     `json:"units"`          // that were acknowledged
+	SentUnits     int64     `json:"sent_units"`     // that were reported
+	StreamSeconds float64   `json:"stream_seconds"` // that streams were open, all together
+}
+
+func (r *Result) fail(what string, items int, unknown bool) {
+	r.Failed[what] += int64(items)
+	if unknown {
+		r.Unknown += int64(items)
+	}
+}
+
+// addTo adds what can be added: all but times.
+func (r *Result) addTo(sum *Result) {
+	sum.Calls += r.Calls
+	sum.Decisions += r.Decisions
+	sum.Allowed += r.Allowed
+	sum.Replayed += r.Replayed
+	sum.Unknown += r.Unknown
+	sum.Skipped += r.Skipped
+	sum.Late += r.Late
+	sum.Amount += r.Amount
+	sum.Units += r.Units
+	sum.SentUnits += r.SentUnits
+	sum.StreamSeconds += r.StreamSeconds
+	sum.Latency.Merge(&r.Latency)
+	sum.Lateness.Merge(&r.Lateness)
+	sum.Opening.Merge(&r.Opening)
+	for key, count := range r.Denied {
+		sum.Denied[key] += count
+	}
+	for key, count := range r.Failed {
+		sum.Failed[key] += count
+	}
+	if r.Example != "" {
+		sum.Example = r.Example
+	}
 }
 
 func main() {
@@ -116,8 +169,13 @@ func run() error {
 		os.Exit(2)
 	})
 	drive := driveGrpc
-	if spec.Mode == "resp" {
+	switch spec.Mode {
+	case "resp":
 		drive = driveResp
+	case "http":
+		drive = driveHttp
+	case "meter":
+		drive = driveMeter
 	}
 	result, err := drive(&spec)
 	if err != nil {

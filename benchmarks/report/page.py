@@ -7,6 +7,7 @@ from html import escape
 
 from benchmarks.model import ArmResult, Measure, Results, ScenarioResult, Target
 from benchmarks.report import figures
+from benchmarks.report.tables import OwnTable, own_table
 from benchmarks.spread import spread
 from benchmarks.targets import number
 
@@ -112,9 +113,9 @@ def _figures(scenario: ScenarioResult) -> str:
     rows = [row for arm in scenario.arms for row in arm_rows(arm)]
     notes = "".join(f"<li>{escape(note)}</li>" for note in scenario.notes)
     head = ["arm", "measure", "decisions/s", "p50 ms", "p99 ms", "p99.9 ms", *ROLES, "failed", "others' cores"]
-    return table(head, [[escape(cell) for cell in row] for row in rows], numbers=2) + (
-        f"<ul>{notes}</ul>" if notes else ""
-    )
+    shown = own_table(scenario) or OwnTable(head, rows, 2)
+    cells = [[escape(cell) for cell in row] for row in shown.rows]
+    return table(shown.head, cells, shown.numbers) + (f"<ul>{notes}</ul>" if notes else "")
 
 
 HELD = (

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from benchmarks.model import Results
 from benchmarks.report.page import ROLES, arm_rows
+from benchmarks.report.tables import own_table
 from gateway.cli import show
 
 HEAD = ["scenario", "arm", "measure", ">decisions/s", ">p50 ms", ">p99 ms", ">p99.9 ms"]
@@ -15,10 +16,17 @@ def show_results(results: Results) -> None:
     rows = [
         [scenario.name, *row[:6], *row[6 : 6 + len(ROLES) - 1], row[-2]]
         for scenario in results.scenarios
+        if own_table(scenario) is None
         for arm in scenario.arms
         for row in arm_rows(arm)
     ]
-    show.table([*HEAD, *(f">{role} µs" for role in ROLES[:-1]), ">failed"], rows)
+    if rows:
+        show.table([*HEAD, *(f">{role} µs" for role in ROLES[:-1]), ">failed"], rows)
+    for scenario in results.scenarios:
+        if own := own_table(scenario):
+            show.line()
+            head = ["scenario", *own.head[: own.numbers], *(f">{name}" for name in own.head[own.numbers :])]
+            show.table(head, [[scenario.name, *row] for row in own.rows])
 
 
 def show_targets(results: Results) -> None:

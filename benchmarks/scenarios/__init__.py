@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from benchmarks.scenarios import batch, cold, denials, drain, growth, keys, receipts, trace, unary
+from benchmarks.scenarios import (
+    batch,
+    cold,
+    denials,
+    drain,
+    ext_authz,
+    growth,
+    keys,
+    middleware,
+    receipts,
+    streams,
+    trace,
+    unary,
+)
 from benchmarks.session import Scenario
 
 SCENARIOS: tuple[Scenario, ...] = (
@@ -14,5 +27,8 @@ SCENARIOS: tuple[Scenario, ...] = (
     drain.Drain(),
     cold.Cold(),
     trace.Trace(),
+    ext_authz.ExtAuthz(),
+    streams.Streams(),
+    middleware.Middleware(),
     growth.Growth(),
 )

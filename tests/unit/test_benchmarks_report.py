@@ -13,6 +13,7 @@ from benchmarks.histogram import Histogram
 from benchmarks.model import ArmResult, Measure, Results, ScenarioResult, Target, Trial, decode, encode
 from benchmarks.report import page, terminal
 from benchmarks.report.svg import Axis, Bar, Series, bars, lines, nice_step
+from benchmarks.report.tables import own_table
 
 PAGE = """# Performance
 
@@ -73,6 +74,9 @@ def results() -> Results:
             _scenario("drain", ["envoy"], ["drain", "copy", "half lag", "capacity"]),
             _scenario("cold", ["envoy"], ["install", "all at once"]),
             _scenario("trace", ["envoy"], ["trace"]),
+            _scenario("ext_authz", ["envoy"], ["without", "with"]),
+            _scenario("streams", ["envoy"], ["100 streams", "highest"]),
+            _scenario("middleware", ["asgi"], ["without", "with"]),
         ),
         targets=(
             Target("speed & cost", "≤ 1", "2", False, "a <note>"),
@@ -114,6 +118,34 @@ def test_what_is_void_is_said_first(results: Results) -> None:
     html = page.render(msgspec.structs.replace(results, problems=("drifted <3>",)))
     assert "drifted &lt;3&gt;" in html and page.HELD not in html
     assert page.HELD in page.render(results)
+
+
+def test_what_is_compared_has_its_difference() -> None:
+    slow = _measure("with")
+    slow = msgspec.structs.replace(slow, latency_ns=Histogram.of([2_000_000]))
+    quick = msgspec.structs.replace(slow, name="without", latency_ns=Histogram.of([500_000]))
+    clean, broken = Trial(0, (quick, slow)), Trial(1, (slow, slow), {}, ("drifted",))
+    found = own_table(ScenarioResult("ext_authz", "", (ArmResult("envoy", "", (clean, broken)),)))
+    assert found is not None and [len(row) for row in found.rows] == [len(found.head)] * 3
+    assert found.rows[2] == ["envoy", "difference", "1,500", "1,500", "1,500", ""]
+
+
+def test_streams_have_columns_of_their_own(results: Results) -> None:
+    scenario = results.scenario("streams")
+    assert scenario is not None
+    found = own_table(scenario)
+    assert found is not None
+    assert {len(row) for row in found.rows} == {len(found.head)}
+    html, text = page.render(results), docs.fill("<!-- figures: streams -->\n<!-- end -->", results)
+    for name in found.head:
+        assert f"{name}</th>" in html and f" {name} |" in text
+    assert own_table(results.scenarios[0]) is None
+
+
+def test_a_scenario_without_a_clean_trial_has_a_table_without_rows() -> None:
+    for name in ("ext_authz", "streams", "middleware"):
+        found = own_table(ScenarioResult(name, "", (ArmResult("envoy", "", (Trial(0, (), {}, ("x",)),)),)))
+        assert found is not None and not found.rows
 
 
 def test_the_terminal_shows_figures_targets_and_where_they_are(

@@ -106,6 +106,46 @@ def test_growth_compares_the_largest_with_the_smallest() -> None:
     assert (found.found, found.met, found.note) == ("1.09", True, "CPU of gateway and Redis")
 
 
+def test_what_ext_authz_adds_is_the_difference_of_medians_of_a_trial() -> None:
+    pairs = [(0.04, 0.54), (0.05, 0.65)]
+    trials = tuple(
+        Trial(number, (measure("without", 100.0, 0.0, one), measure("with", 100.0, 0.0, other)))
+        for number, (one, other) in enumerate(pairs)
+    )
+    found = line(results(ScenarioResult("ext_authz", "", (ArmResult("envoy", "", trials),))), "ext_authz added latency")
+    assert found.met is None and found.wanted == "–"
+    assert found.found == "550 µs (500–600)" and found.note == "without it a request takes 45.0 µs"
+
+
+def test_streams_are_told_with_what_one_costs_and_what_the_generator_used() -> None:
+    def highest(streams: int, bounded: float) -> Measure:
+        extra = {"streams": streams, "bounded": bounded, "gateway µs a stream second": 1_200.0}
+        return Measure("highest", extra=extra, cpu_share={"gateway": 0.95, "loadgen": 0.2})
+
+    found = results(ScenarioResult("streams", "", (arm("envoy", highest(400, 0.0), highest(600, 0.0)),)))
+    count = line(found, "LLM streams a gateway core")
+    assert (count.found, count.met) == ("500 (400–600)", None)
+    assert count.note == "gateway used 0.95 cores; loadgen used 0.20 cores"
+    assert line(found, "gateway CPU a second of an LLM stream").found == "1,200 µs (1,200–1,200)"
+    bounded = results(ScenarioResult("streams", "", (arm("envoy", highest(3_200, 1.0)),)))
+    assert line(bounded, "LLM streams a gateway core").note.endswith("more were not tried")
+
+
+def test_no_stream_that_held_is_a_figure_too_and_has_no_cost() -> None:
+    none = Measure("highest", extra={"streams": 0, "bounded": 0.0})
+    found = results(ScenarioResult("streams", "", (arm("envoy", none),)))
+    assert line(found, "LLM streams a gateway core").found == "0.00"
+    assert line(found, "gateway CPU a second of an LLM stream").found == "not measured"
+
+
+def test_a_chunk_may_wait_200_us_for_the_middleware() -> None:
+    def added(us: float) -> Results:
+        return results(ScenarioResult("middleware", "", (arm("asgi", Measure("with", extra={"added us": us})),)))
+
+    assert line(added(7.5), "latency that the ASGI middleware adds").met is True
+    assert line(added(201.0), "latency that the ASGI middleware adds").met is False
+
+
 def test_figures_have_three_digits_that_mean_something() -> None:
     assert [number(value) for value in (0.123, 1.234, 12.34, 123.4, 12345.6)] == [
         *("0.12", "1.23", "12.3", "123", "12,346")
