@@ -1,17 +1,21 @@
-"""`python -m ledger_sync`: the ledger_sync process, configured by ENTITLEMENT_SYNC_*."""
+"""`python -m ledger_sync`: the ledger_sync process, configured by ENTITLEMENT_SYNC_*.
+
+`python -m ledger_sync migrate` brings the ledger's tables up to date, and ends.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import signal
 import sys
+from collections.abc import Sequence
 
 import structlog
 import uvloop
 
 from entitlement.errors import EntitlementError
-from ledger_sync import telemetry
-from ledger_sync.process import Process
+from ledger_sync import migrations, telemetry
+from ledger_sync.process import Process, open_ledger
 from ledger_sync.publisher import BadPublisher
 from ledger_sync.settings import Settings, load
 
@@ -39,12 +43,22 @@ async def serve(settings: Settings) -> None:
         await process.stop()
 
 
-def main() -> int:
+async def migrate(settings: Settings) -> None:
+    """The database's tables are this program's when it returns. What is there already stays as it is."""
+    ledger = await open_ledger(settings)
+    await ledger.close()
+    sys.stdout.write(f"migrated schema={migrations.available()[-1].number}\n")
+
+
+def main(arguments: Sequence[str]) -> int:
+    if list(arguments) not in ([], ["migrate"]):
+        sys.stderr.write("usage: python -m ledger_sync [migrate]\n")
+        return 2
     try:
         settings = load()
         telemetry.configure_logs(settings.log_level)
         structlog.get_logger("ledger_sync").info("starting", settings=repr(settings))
-        uvloop.run(serve(settings))
+        uvloop.run(migrate(settings) if arguments else serve(settings))
     except (EntitlementError, BadPublisher) as error:
         sys.stderr.write(f"ledger_sync: {error}\n")
         return 2
@@ -52,4 +66,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

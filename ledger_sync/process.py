@@ -68,7 +68,7 @@ class Process:
         an address cannot be bound.
         """
         settings = self._settings
-        self._ledger = ledger = await self._open_ledger()
+        self._ledger = ledger = await open_ledger(settings)
         await declare(ledger, self._target)
         drain = Drain(
             ledger,
@@ -117,18 +117,6 @@ class Process:
         if self._ledger:
             await self._ledger.close()
 
-    async def _open_ledger(self) -> Ledger:
-        """Waits for a database that is still starting."""
-        deadline = monotonic() + self._settings.start_ms / 1000
-        while True:
-            try:
-                return await Ledger.open(self._settings.database_url, connections=self._settings.connections)
-            except LedgerUnavailable as error:
-                if monotonic() >= deadline:
-                    raise
-                log.warning("waiting_for_database", error=str(error))
-            await asyncio.sleep(RETRY_S)
-
     def _committed(self, outcome: Outcome) -> None:
         if outcome.events:
             self._outbox.wake()
@@ -147,6 +135,22 @@ class Process:
                     log.warning("health", serving=not down, down=down)
                 told = now
             await asyncio.sleep(HEALTH_EVERY_S)
+
+
+async def open_ledger(settings: Settings) -> Ledger:
+    """The ledger, its tables up to date. Waits for a database that is still starting.
+
+    LedgerUnavailable: it has not come in time. SchemaError: it is not this program's.
+    """
+    deadline = monotonic() + settings.start_ms / 1000
+    while True:
+        try:
+            return await Ledger.open(settings.database_url, connections=settings.connections)
+        except LedgerUnavailable as error:
+            if monotonic() >= deadline:
+                raise
+            log.warning("waiting_for_database", error=str(error))
+        await asyncio.sleep(RETRY_S)
 
 
 def _why(health: Health) -> str:

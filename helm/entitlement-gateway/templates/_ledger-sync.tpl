@@ -1,0 +1,33 @@
+{{/* Variables of a process that has the database alone (the migration), and of ledger_sync. Both take a scope. */}}
+{{- define "entitlement-gateway.sync.databaseEnv" -}}
+- name: ENTITLEMENT_SYNC_DATABASE_URL
+  valueFrom:
+    secretKeyRef: {{ include "entitlement-gateway.databaseSecret" . | nindent 6 }}
+{{- end -}}
+
+{{- define "entitlement-gateway.sync.env" -}}
+{{ include "entitlement-gateway.sync.databaseEnv" . }}
+- name: ENTITLEMENT_SYNC_REDIS_URL
+  valueFrom:
+    secretKeyRef: {{ include "entitlement-gateway.redisSecret" . | nindent 6 }}
+- name: ENTITLEMENT_SYNC_LISTEN
+  value: "0.0.0.0:{{ int64 .Values.ledgerSync.port }}"
+- name: ENTITLEMENT_SYNC_INSECURE
+  value: "true"
+- name: ENTITLEMENT_SYNC_TENANT
+  value: {{ .Values.tenant | quote }}
+- name: ENTITLEMENT_SYNC_PARTITIONS
+  value: {{ int64 .Values.partitions | quote }}
+{{- if .Values.metrics.enabled }}
+- name: ENTITLEMENT_SYNC_METRICS
+  value: "0.0.0.0:{{ int64 .Values.metrics.port }}"
+{{- end }}
+{{- range $name, $ref := dict "PUBLISHER" .Values.publisher.urlSecret "WEBHOOK_URL" .Values.webhooks.urlSecret "WEBHOOK_SECRET" .Values.webhooks.signingSecret }}
+{{- if $ref.name }}
+- name: ENTITLEMENT_SYNC_{{ $name }}
+  valueFrom:
+    secretKeyRef: {name: {{ $ref.name | quote }}, key: {{ $ref.key | quote }}}
+{{- end }}
+{{- end }}
+{{- include "entitlement-gateway.settings" (list "ENTITLEMENT_SYNC" .Values.ledgerSync.settings) }}
+{{- end -}}
