@@ -8,7 +8,7 @@ CASE ?=
 SEED ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test faults check format proto lock bench bench-quick clean
+.PHONY: help venv litellm demo test faults check format proto lock bench bench-quick clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -16,10 +16,13 @@ help:  ## this list
 venv: .venv/.project  ## the virtual environment, from pinned and hashed packages
 	@:
 
+litellm: .venv-litellm/.requirements  ## LiteLLM for its tests and its example, in an environment of its own
+	@:
+
 demo: venv  ## the whole path on this machine, verified to the nano
 	@$(BIN)/python -m gateway.cli demo $(ARGS)
 
-test: venv  ## the tests, two at a time; ARGS="-k name -x" goes to pytest
+test: venv litellm  ## the tests, two at a time; ARGS="-k name -x" goes to pytest
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 faults: venv  ## kills, cut wires and full disks under load; N=100 CASE=B1 SEED=7
@@ -39,11 +42,12 @@ format: venv  ## formats and sorts imports
 proto: venv  ## the stubs from proto/
 	$(BIN)/python .ci/stubs.py
 
-lock: venv  ## .ci/requirements.txt from pyproject.toml; ARGS=--upgrade for newer versions
-	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --extra dev --constraint .ci/constraints.txt \
-		--universal --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet \
-		--output-file .ci/requirements.txt $(ARGS)
+LOCK := $(BIN)/uv pip compile pyproject.toml --constraint .ci/constraints.txt \
+	--universal --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet
+
+lock: venv  ## .ci/*.txt from pyproject.toml; ARGS=--upgrade for newer versions
+	$(LOCK) --extra dev --output-file .ci/requirements.txt $(ARGS)
+	$(LOCK) --extra litellm --output-file .ci/litellm.txt $(ARGS)
 
 bench: venv  ## the measurements, whole
 	@$(BIN)/python -m benchmarks $(ARGS)
@@ -52,7 +56,7 @@ bench-quick: venv  ## the measurements, in a few minutes
 	@$(BIN)/python -m benchmarks --quick $(ARGS)
 
 clean:  ## back to a fresh clone; data folders stay
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-litellm build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are touched only after a whole install, so an interrupted one is done again.
@@ -69,4 +73,13 @@ clean:  ## back to a fresh clone; data folders stay
 
 .venv/.project: pyproject.toml .venv/.requirements
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# LiteLLM pins what we have in newer versions. uv installs it in seconds; pip takes half a minute.
+.venv-litellm/.requirements: .ci/litellm.txt | .venv/.requirements
+	@echo "Installing LiteLLM into .venv-litellm (under a minute)"
+	@$(BIN)/python -m venv --clear --without-pip .venv-litellm
+	@$(BIN)/uv pip install --quiet --python .venv-litellm --no-deps --require-hashes -r $< \
+		|| $(BIN)/python -m pip --python .venv-litellm install --quiet --disable-pip-version-check --no-compile \
+			--no-deps --require-hashes -r $<
 	@touch $@
