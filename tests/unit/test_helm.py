@@ -279,10 +279,9 @@ def reaches(found: list[Document], source: str, target: str) -> bool:
     def lets(end: str, way: str, peers: str, other: str) -> bool:
         policies = (each["spec"] for each in found if each["kind"] == "NetworkPolicy")
         (policy,) = (each for each in policies if each["podSelector"]["matchLabels"].items() <= labels[end].items())
-        allowed = [
-            peer["podSelector"].get("matchLabels", {}) for rule in policy.get(way, []) for peer in rule.get(peers, [])
-        ]
-        return any(wanted.items() <= labels[other].items() for wanted in allowed)
+        allowed = [peer for rule in policy.get(way, []) for peer in rule.get(peers, []) if "podSelector" in peer]
+        wanted = [peer["podSelector"].get("matchLabels", {}).items() for peer in allowed]
+        return any(each <= labels[other].items() for each in wanted)
 
     return lets(source, "egress", "to", target) and lets(target, "ingress", "from", source)
 
