@@ -193,6 +193,8 @@ def _ask(call_type: str, data: Mapping[str, object]) -> Ask:
     kind = _KINDS.get(call_type) or _KINDS.get(call_type.removeprefix("a"))
     if kind is None:
         raise Refused(403, f"{call_type} is not metered here", "not_metered")
+    if "," in str(data.get("model")):  # LiteLLM asks each of them, and tells of each.
+        raise InvalidArgument("model", "names several models; expected one")
     return openai.ask_of(kind, data)
 
 
