@@ -61,7 +61,7 @@ class Bill:
     async def _room(self) -> None: ...
 
     def chunk(self, texts: Any) -> None:
-        self.told += texts
+        self.told += [getattr(each, "text", each) for each in texts]
         self.began = True
 
     def usage(self, usage: Usage) -> None:
