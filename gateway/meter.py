@@ -116,6 +116,8 @@ class MeterStream:
         except (InvalidArgument, Overloaded):
             self.closed = True
             raise
+        if _frozen(kept):
+            raise Unavailable("the account is being built anew")
         if isinstance(kept, NoHold) or kept.decision.verdict is Verdict.DENY:
             self.closed = True
             await self._stop(kept, reserve.asked)

@@ -54,7 +54,10 @@ class Budget:
         prices = [self._prices.get(shape) for shape in totals]
         if None in prices:
             return True
-        return sum(price * units for price, units in zip(prices, totals.values(), strict=True) if price) >= self._free
+        cost = sum(price * units for price, units in zip(prices, totals.values(), strict=True) if price)
+        return (
+            cost + self._dearest > self._free
+        )  # A caller who is told of whole units waits when less than one is left.
 
     @property
     def low(self) -> bool:
@@ -63,7 +66,7 @@ class Budget:
     @property
     def units_left(self) -> int:
         """Of the dearest feature, if all that is left went to it."""
-        price = max(self._prices.values(), default=0)
+        price = self._dearest
         return min(MAX_QUANTITY, max(0, self._free) // price) if price else MAX_QUANTITY
 
     @property
@@ -76,6 +79,10 @@ class Budget:
         """Of what was reserved at first, the lines that are used up by and by; all, if none of them is."""
         lines = list(usage)
         return [line for line in lines if shape_of(line) in self._grown] or lines
+
+    @property
+    def _dearest(self) -> int:
+        return max(self._prices.values(), default=0)
 
     @property
     def _free(self) -> int:

@@ -138,10 +138,11 @@ class Driver:
         self.error: BaseException | None = None
         self.ended = False
 
-    async def run(self, *, method: str = "POST", **headers: str) -> Driver:
+    async def run(self, *, method: str = "POST", version: str = "2.3", **headers: str) -> Driver:
         told = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
         told.append((b"content-length", str(len(self._body)).encode()))
-        scope = {"type": "http", "method": method, "path": self._path, "headers": told}
+        asgi = {"version": "3.0", "spec_version": version}
+        scope = {"type": "http", "asgi": asgi, "method": method, "path": self._path, "headers": told}
         try:
             await self._app(scope, self._receive, self._send)
         except Broken as error:

@@ -1,8 +1,9 @@
 """How much to hold for a call whose use is not known in advance: not the most that it may use, but what calls like it
 have used, mostly. What is too little is extended, or settled above the hold; what is too much fills small budgets.
 
-For each customer and model the shares used / most of earlier calls are counted in 64 buckets, eight to an octave down
-to 1/256; the size is the upper edge of the bucket that holds the quantile: at most 9 % more than it. Older calls count
+For each customer and model, and each octave of what calls may use at most (who asks for two tokens says nothing of who
+asks for thousands), the shares used / most of earlier calls are counted in 64 buckets, eight to an octave down to
+1/256; the size is the upper edge of the bucket that holds the quantile: at most 9 % more than it. Older calls count
 less: counts are halved whenever there are 256.
 """
 
@@ -16,8 +17,8 @@ from typing import Final
 BUCKETS: Final = 64
 PER_OCTAVE: Final = 8
 FULL: Final = 256  # calls counted; then all counts are halved
-ENOUGH: Final = 8  # calls of a customer, below it all calls of the model count
-MAX_KNOWN: Final = 10_000  # customers and models, the least recently used is forgotten
+ENOUGH: Final = 8  # calls of a customer; below it all customers' calls of the model count
+MAX_KNOWN: Final = 10_000  # histograms; the least recently used is forgotten
 
 
 class _Shares:
@@ -59,15 +60,15 @@ class Estimator:
         self._percent = percent
         self._first = first
         self._most_known = most_known
-        self._known: OrderedDict[tuple[str, str], _Shares] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str, int], _Shares] = OrderedDict()
 
     def size(self, customer: str, model: str, most: int) -> int:
         """Units to hold for a call that may use up to `most`: 1..most."""
         if most < 1:
             raise ValueError(f"most: {most} is below 1")
-        shares = self._known.get((customer, model))
+        shares = self._known.get((customer, model, most.bit_length()))
         if shares is None or shares.total < ENOUGH:
-            shares = self._known.get(("", model))
+            shares = self._known.get(("", model, most.bit_length()))
         if shares is None or not shares.total:
             return min(self._first, most)
         return _units(shares.bucket(self._percent), most)
@@ -77,7 +78,7 @@ class Estimator:
         if most < 1 or used < 0:
             raise ValueError(f"used: {used} of {most}; expected 0 or more, of 1 or more")
         bucket = _bucket(used, most)
-        for key in ((customer, model), ("", model)):
+        for key in ((customer, model, most.bit_length()), ("", model, most.bit_length())):
             shares = self._known.get(key)
             if shares is None:
                 shares = self._known[key] = _Shares()

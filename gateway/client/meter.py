@@ -17,6 +17,7 @@ from gateway.client import holds
 from gateway.client.backoff import Attempts
 from gateway.client.errors import (
     RETRIED,
+    ClientClosed,
     EntitlementCallError,
     IdempotencyMismatch,
     Unavailable,
@@ -114,13 +115,13 @@ class Meter:
         self._away_s = away_s
         self._over = over
         self._loop = asyncio.get_running_loop()
-        self._due = tuple(due)
-        self._due_units = self._due_heard = sum([line.quantity for line in due])  # `_due_heard`: as last answered
-        self._due_sent: dict[int, int] = {}  # by report
+        self._due_sent: dict[int, int] = {}  # units, by report
         self._answer = pb.MeterResponse()
         self._heard_so_far = 0  # answers
         self._gathered: dict[Shape, int] = {}
         self._shapes: set[Shape] = set()  # that can be put on the wire
+        self._waits_s = 0.0  # since when the first of `_reports` waits
+        self._one_end = asyncio.Lock()
         self._gathered_units = self._reported_units = 0
         self._reports: deque[_Report] = deque()  # not acknowledged
         self._number = 0  # of the last report
@@ -132,6 +133,8 @@ class Meter:
         self.signal, self.reason = Signal.UNKNOWN, Reason.NONE
         self.units_left = 0
         self.uncharged: tuple[Usage, ...] = ()
+        self.expect(*due)
+        self._due_heard = self._due_units  # as last answered
 
     @property
     def hold(self) -> str:
@@ -151,6 +154,11 @@ class Meter:
         await self._answered()
         if self._failure is not None:
             raise self._failure
+        if not self._heard_so_far:
+            await asyncio.wait({self._task})
+            if self._task.cancelled():
+                raise ClientClosed(key=self.hold)
+            self._task.result()
         if not self.allowed:
             self._over(self)
 
@@ -160,14 +168,10 @@ class Meter:
         """
         if self._ending:
             raise RuntimeError("the meter has ended")
-        if not isinstance(quantity, int) or not 0 <= quantity <= MAX_QUANTITY:
-            raise _invalid(f"quantity: {quantity!r} is not a whole number in 0..{MAX_QUANTITY}", self.hold)
+        self._check(quantity)
         if not quantity:
             return
-        shape = (feature, tuple(sorted(dimensions.items())) if dimensions else ())
-        if shape not in self._shapes:
-            packed(lambda: pb.Usage(feature=feature, dimensions=dimensions), self.hold)
-            self._shapes.add(shape)
+        shape = self._shape(feature, dimensions)
         self._gathered[shape] = self._gathered.get(shape, 0) + quantity
         self._gathered_units += quantity
         self._news.set()
@@ -181,10 +185,24 @@ class Meter:
 
     def expect(self, *due: Usage) -> None:
         """What is used already and told later, with its exact quantity: it is kept out of what is left. Each call says
-        it anew; without lines nothing is due. It travels with what is used.
+        it anew; without lines nothing is due. It travels with what is used. Raises InvalidArgument as `use` does.
         """
+        for line in due:
+            self._check(line.quantity)
+            self._shape(line.feature, line.dimensions)
         self._due = due
         self._due_units = sum([line.quantity for line in due])
+
+    def _check(self, quantity: int) -> None:
+        if not isinstance(quantity, int) or not 0 <= quantity <= MAX_QUANTITY:
+            raise _invalid(f"quantity: {quantity!r} is not a whole number in 0..{MAX_QUANTITY}", self.hold)
+
+    def _shape(self, feature: str, dimensions: Mapping[str, str] | None) -> Shape:
+        shape = (feature, tuple(sorted(dimensions.items())) if dimensions else ())
+        if shape not in self._shapes:
+            packed(lambda: pb.Usage(feature=feature, dimensions=dimensions), self.hold)
+            self._shapes.add(shape)
+        return shape
 
     async def room(self) -> None:
         """Waits while what is not acknowledged yet may use up what is left, so that STOP is not overrun. Raises what
@@ -202,8 +220,19 @@ class Meter:
         """Returns when everything is charged, and the rest given back. Raises EntitlementCallError; after Unavailable
         it may be called again.
         """
-        if self._ended or not self.allowed:
-            return
+        async with self._one_end:
+            if self._ended or not self.allowed:
+                return
+            try:
+                await self._end()
+            except EntitlementCallError as error:
+                if error.code not in RETRIED:
+                    self._over(self)
+                raise
+            self._ended = True
+            self._over(self)
+
+    async def _end(self) -> None:
         if not self._ending:
             self._ending = True
             self._number_gathered()
@@ -212,13 +241,16 @@ class Meter:
         if self._task is None or (self._task.done() and self._failure and self._failure.code in RETRIED):
             self._failure, self._task = None, asyncio.create_task(self._stream(self._attempts(self._away_s)))
         await asyncio.wait({self._task})
-        if not self._task.cancelled() and (error := self._task.exception()):
-            raise error
+        if not self._task.cancelled():
+            self._task.result()
         if self._failure is not None:
             raise self._failure
         await self._charge_late()
-        self._ended = True
-        self._over(self)
+
+    @property
+    def unacknowledged(self) -> tuple[Usage, ...]:
+        """What was used and is not known to be charged."""
+        return (*[line for report in self._reports for line in report.usage], *self._lines())
 
     async def leave(self) -> None:
         """Ends the connection at once. What the gateway has been told is charged; the hold expires in a moment."""
@@ -257,11 +289,11 @@ class Meter:
         """One connection. Whether there is nothing more to do on another one."""
         async with self._asker._metering() as call:
             await call.write(self._message(None))
-            async with asyncio.timeout(self._options.timeout_s) as waiting:
-                with suppress(TimeoutError):
+            try:
+                async with asyncio.timeout(self._options.timeout_s):
                     self._hear(await call.read())
-            if waiting.expired():
-                raise _silent(self._options.timeout_s)
+            except TimeoutError:
+                raise _silent(self._options.timeout_s) from None
             if self._stopped:
                 return True
             writing = asyncio.create_task(self._write_on(call))
@@ -283,7 +315,7 @@ class Meter:
             reading = asyncio.ensure_future(call.read())
             try:
                 while not (await asyncio.wait({reading}, timeout=SILENT_S))[0]:
-                    if self._reports:
+                    if self._reports and self._loop.time() >= self._waits_s + SILENT_S:
                         raise _silent(SILENT_S)
                 answer = await reading
             finally:
@@ -297,12 +329,10 @@ class Meter:
         with suppress(EntitlementCallError):  # Whoever reads is told of it as well.
             sent = 0
             while True:
-                for report in [report for report in self._reports if report.number > sent]:
+                while report := next((report for report in self._reports if report.number > sent), None):
                     self._due_sent[report.number] = self._due_units
                     await call.write(self._message(report))
                     sent = report.number
-                if sent < self._number:
-                    continue  # Made meanwhile.
                 if self._final:
                     return
                 await self._news.wait()
@@ -329,7 +359,9 @@ class Meter:
         """What was gathered becomes reports; the last one, at the end, is final."""
         if self._final:
             return
-        lines = [Usage(feature, units, dict(dimensions)) for (feature, dimensions), units in self._gathered.items()]
+        lines = self._lines()
+        if not self._reports:
+            self._waits_s = self._loop.time()
         self._gathered.clear()
         self._gathered_units = 0
         parts = [tuple(lines[at : at + MAX_LINES]) for at in range(0, len(lines), MAX_LINES)]
@@ -341,6 +373,9 @@ class Meter:
             report = _Report(self._number, usage, self._final, f"{self.hold}/{self._number}")
             self._reports.append(report)
             self._reported_units += report.units
+
+    def _lines(self) -> list[Usage]:
+        return [Usage(feature, units, dict(dimensions)) for (feature, dimensions), units in self._gathered.items()]
 
     # What is heard
 
@@ -363,6 +398,7 @@ class Meter:
             report = self._reports.popleft()
             self._reported_units -= report.units
             self._due_heard = self._due_sent.pop(report.number, self._due_heard)
+            self._waits_s = self._loop.time()
         self._wake()
 
     def _wake(self) -> None:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any, Final, TypeAlias
 
 import orjson
+import structlog
 
 from entitlement.errors import InvalidArgument
 from gateway.client import Client, EntitlementCallError, Signal
@@ -34,6 +35,7 @@ MAX_BODY_BYTES: Final = 67_108_864  # of a request
 MAX_ANSWER_BYTES: Final = 67_108_864  # of an answer that is no stream: beyond it its size is what counts
 CLOSE_S: Final = 10.0  # for answers that are being charged when the server stops
 _OPEN: Final = ("GET", "HEAD", "OPTIONS")
+_log = structlog.get_logger(__name__)
 
 
 class EntitlementMiddleware:
@@ -93,8 +95,9 @@ class EntitlementMiddleware:
         if ask.streams and kind in (openai.CHAT, openai.TEXT) and self._settings.stream_usage != "leave":
             body = openai.with_usage(request, continuous=self._settings.stream_usage == "continuous")
             scope = _with_length(scope, len(body))
+        scope = _without(scope, b"accept-encoding")  # Nothing can be counted in what is compressed.
         bill = await self._gate.open(caller, ask)
-        answer = _Answer(bill, send, body, receive)
+        answer = _Answer(bill, scope, receive, send, body)
         await self._answered(answer, bill, caller, scope)
 
     async def _answered(self, answer: _Answer, bill: Bill, caller: Caller, scope: Message) -> None:
@@ -103,8 +106,10 @@ class EntitlementMiddleware:
             await self._app(scope, answer.receive, answer.send)
         except Exception:  # The application's own, which its server tells.
             failed = not answer.began
-            raise
+            if not answer.stopped.is_set():
+                raise
         finally:
+            answer.close()
             if failed or answer.refused:
                 self._gate.drop(bill)
             else:
@@ -117,9 +122,10 @@ class _Answer:
     began     it has a head
     refused   the application did not grant it (a status of 400 or above): it costs nothing
     whole     it came to its end
+    stopped   the money has gone, and the caller has been told the end
     """
 
-    def __init__(self, bill: Bill, send: Send, body: bytes, receive: Receive) -> None:
+    def __init__(self, bill: Bill, scope: Message, receive: Receive, send: Send, body: bytes) -> None:
         self._bill = bill
         self._send = send
         self._receive = receive
@@ -128,28 +134,46 @@ class _Answer:
         self._ending = openai.Ending(bill.ask)
         self._parts: list[bytes] = []  # of what is no stream
         self._size = 0
-        self._stopped = asyncio.Event()
+        self._receiving: asyncio.Future[Message] | None = None
+        # Since this version a `send` raises OSError when the caller has gone; before, `receive` alone tells of it.
+        self._may_fail = _version(scope) >= (2, 4)
+        self.stopped = asyncio.Event()
         self.began = self.refused = self.whole = False
 
     async def receive(self) -> Message:
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
+        if self.stopped.is_set():
+            return {"type": "http.disconnect"}
         if not self._bill.ask.streams:
             return await self._receive()
-        receiving = asyncio.ensure_future(self._receive())
-        stopping = asyncio.ensure_future(self._stopped.wait())
-        try:
-            await asyncio.wait({receiving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            return receiving.result() if receiving.done() else {"type": "http.disconnect"}
-        finally:
-            receiving.cancel()
-            stopping.cancel()
+        if self._receiving is None:
+            self._receiving = asyncio.ensure_future(self._receive())
+        # Whoever only looks whether the caller has gone is cancelled here: what is awaited stays for the next look.
+        if not self._receiving.done():
+            stopping = asyncio.ensure_future(self.stopped.wait())
+            try:
+                await asyncio.wait((self._receiving, stopping), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                stopping.cancel()
+        if not self._receiving.done():
+            return {"type": "http.disconnect"}
+        received, self._receiving = self._receiving, None
+        return received.result()
+
+    def close(self) -> None:
+        """What was written counts, also without its last part."""
+        if self.began and not self.refused and not self.whole and self._splitter is None:
+            self._read_whole()
+        if self._receiving is not None:
+            self._receiving.cancel()
 
     async def send(self, message: Message) -> None:
-        if self._stopped.is_set():
-            return  # The caller has its end; the application is about to notice.
-        if message["type"] == "http.response.start":
+        if self.stopped.is_set():  # The caller has its end, and the application is about to notice.
+            if self._may_fail:
+                raise OSError("the answer has ended")
+        elif message["type"] == "http.response.start":
             await self._start(message)
         elif message["type"] != "http.response.body" or self.refused:
             await self._send(message)
@@ -160,10 +184,13 @@ class _Answer:
 
     async def _start(self, message: Message) -> None:
         self.began = True
-        self.refused = message["status"] >= 400
+        self.refused = not 200 <= message["status"] < 300
         headers = [(name, value) for name, value in message.get("headers", ())]
-        kind = next((value for name, value in headers if name.lower() == b"content-type"), b"")
-        if kind.startswith(b"text/event-stream") and not self.refused:
+        found = {name.lower(): value.lower() for name, value in headers}
+        if found.get(b"content-encoding", b"identity") != b"identity" and not self.refused:
+            self._bill.unreadable()
+            _log.warning("an answer is compressed, and counts as what was reserved", hold=self._bill.meter.hold)
+        elif found.get(b"content-type", b"").startswith(b"text/event-stream") and not self.refused:
             self._splitter = Splitter()
             headers = [(name, value) for name, value in headers if name.lower() != b"content-length"]
         headers.append((b"x-entitlement-hold", self._bill.meter.hold.encode()))
@@ -182,9 +209,10 @@ class _Answer:
         await self._send(message)
 
     def _read_whole(self) -> None:
-        answer = _parsed(b"".join(self._parts)) if self._size <= MAX_ANSWER_BYTES else None
+        body = b"".join(self._parts)
+        answer = _parsed(body) if self._size <= MAX_ANSWER_BYTES else None
         if answer is None:
-            self._bill.size(self._size)
+            self._bill.size(self._size if body != b"null" else 0)  # Servers say null to a caller who has gone.
             return
         self._bill.chunk(openai.written_by(answer))
         if usage := openai.usage_of(answer):
@@ -193,51 +221,54 @@ class _Answer:
     # A stream
 
     async def _stream(self, splitter: Splitter, message: Message) -> None:
-        passed = [event.raw for event in splitter.feed(message.get("body", b"")) if await self._passes(event)]
-        if self._stopped.is_set():
-            return
+        passed: list[bytes] = []
+        for event in splitter.feed(message.get("body", b"")):
+            chunk = _parsed(event.data) if event.data is not None else None
+            pieces = list(openai.written_by(chunk)) if chunk else []
+            if pieces and not await self._has_room():
+                await self._stop(passed)
+                return
+            if self._read(event, chunk, pieces):
+                passed.append(event.raw)
         more = message.get("more_body", False)
         if not more:
             self.whole = True
             if rest := splitter.rest():
-                self._read(Event(rest, rest.removeprefix(b"data:").strip()))
+                self._bill.size(len(rest))
                 passed.append(rest)
         if passed or not more:
             await self._send({**message, "body": b"".join(passed)})
 
-    async def _passes(self, event: Event) -> bool:
-        """Whether it goes on to the caller; it has been counted."""
-        if self._stopped.is_set():
-            return False
-        if event.data is None or event.data == b"[DONE]":
-            return True
-        meter = self._bill.meter
+    async def _has_room(self) -> bool:
         with suppress(EntitlementCallError):  # Where it cannot be asked for so long, the answer ends as well.
-            await meter.room()
-            if meter.signal is not Signal.STOP:
-                return self._read(event)
-        await self._stop()
+            await self._bill.meter.room()
+            return self._bill.meter.signal is not Signal.STOP
         return False
 
-    def _read(self, event: Event) -> bool:
-        chunk = _parsed(event.data or b"")
+    def _read(self, event: Event, chunk: openai.Json | None, pieces: list[openai.Piece]) -> bool:
+        """Counts it. Whether it goes on to the caller."""
         if chunk is None:
-            self._bill.size(len(event.raw))
+            if event.data not in (None, b"[DONE]"):
+                self._bill.size(len(event.raw))
             return True
         self._ending.see(chunk)
-        self._bill.chunk(openai.written_by(chunk))
+        self._bill.chunk(pieces)
         if usage := openai.usage_of(chunk):
-            self._bill.usage(usage)
+            self._bill.usage(usage, openai.choice_of(chunk))
         return self._bill.ask.wants_usage or not openai.is_only_usage(chunk)
 
-    async def _stop(self) -> None:
-        """The money is gone: the stream is ended as if the answer had come to its greatest length."""
-        self._stopped.set()
+    async def _stop(self, passed: list[bytes]) -> None:
+        """The money is gone: the stream is ended as if the answer had come to its greatest length. `passed` before."""
+        self.stopped.set()
         self.whole = True
         meter = self._bill.meter
         why = meter.reason.name if meter.reason else "UNAVAILABLE"
         last = self._ending.write(why, meter.hold, self._bill.spent())
-        await self._send({"type": "http.response.body", "body": last, "more_body": False})
+        await self._send({"type": "http.response.body", "body": b"".join([*passed, last]), "more_body": False})
+
+
+def _version(scope: Message) -> tuple[int, ...]:
+    return tuple(int(part) for part in scope.get("asgi", {}).get("spec_version", "2.0").split("."))
 
 
 def _parsed(data: bytes) -> openai.Json | None:
@@ -255,8 +286,12 @@ def _headers(scope: Message) -> dict[str, str]:
 
 
 def _with_length(scope: Message, length: int) -> Message:
-    headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
-    return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}
+    scope = _without(scope, b"content-length")
+    return {**scope, "headers": [*scope["headers"], (b"content-length", str(length).encode())]}
+
+
+def _without(scope: Message, header: bytes) -> Message:
+    return {**scope, "headers": [(name, value) for name, value in scope["headers"] if name.lower() != header]}
 
 
 async def _body(receive: Receive) -> bytes | None:

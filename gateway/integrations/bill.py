@@ -10,7 +10,7 @@ import structlog
 
 from gateway.client import Meter
 from gateway.client import Usage as Line
-from gateway.integrations.openai import Ask, Usage
+from gateway.integrations.openai import Ask, Piece, Usage
 from gateway.integrations.settings import Kind, Settings, Tokenizer
 
 BYTES_PER_TOKEN: Final = 4  # of a text, where nobody counts it
@@ -52,68 +52,107 @@ def tokens_of(size: int) -> int:
     return -(-size // BYTES_PER_TOKEN)
 
 
-class Bill:
-    """Of one answer. `chunk` and `usage` as they come; `close` once, with whether the answer was whole.
+class _Answer(msgspec.Struct):
+    """One of the answers of a request."""
 
-    Each chunk with text has `chunk_tokens` at least, which are told at once. A usage is of the whole answer so far, and
-    replaces what was counted; the last one counts. Where none comes, it is the tokens of the texts.
+    said: int = 0  # tokens, by its last usage
+    least: int = 0  # tokens that came after it, at least
+    size: int = 0  # bytes that came after it
+
+    @property
+    def probable(self) -> int:
+        return self.said + max(self.least, tokens_of(self.size))
+
+
+class Bill:
+    """Of all answers to one request. `chunk` and `usage` as they come; `close` once, with whether all was written.
+
+    Each chunk with text has `chunk_tokens` at least, which are told at once. A usage is of all so far, or of one of
+    several answers, and replaces what was counted; the last one counts. Where none comes, the texts' tokens do.
     """
 
-    def __init__(self, ask: Ask, meter: Meter, read: int, kinds: Kinds, counter: Counter, settings: Settings) -> None:
-        """`read`: tokens, as far as they can be known before."""
+    def __init__(
+        self, ask: Ask, meter: Meter, read: int, held: int, kinds: Kinds, counter: Counter, settings: Settings
+    ) -> None:
+        """`read`: tokens, as far as they can be known before; `held`: what is set aside for what is written."""
         self.ask = ask
         self.meter = meter
+        self._held = held
         self._kinds = kinds
         self._counter = counter
-        self._least = settings.chunk_tokens
+        self._least = 0 if ask.echoes else settings.chunk_tokens
         self._charges_breaks = settings.on_break == "charge"
         self._dimensions = kinds.written.of(ask.model)
         self._expected = read
         self._due_read = kinds.read.usage(ask.model, read)
-        self._usage: Usage | None = None
-        self._since = 0  # least tokens of the chunks after the last usage
-        self._bytes = self._counted = 0  # of texts; and of those that the last usage is of
-        self._texts: list[str] = []  # for a tokenizer
+        self._usage: Usage | None = None  # the last one
+        self._before = 0  # tokens of all answers, by a usage of all
+        self._answers: dict[int, _Answer] = {}
+        self._texts: list[str] = []  # for a tokenizer: since the last usage
+        self._floor = 0
         self._told = Usage(0, 0)
         self._closed = False
 
-    def chunk(self, texts: Iterable[str]) -> None:
-        for text in texts:
-            self._since += self._least
-            self._bytes += len(text) if text.isascii() else len(text.encode(errors="replace"))
+    def chunk(self, pieces: Iterable[Piece]) -> None:
+        if not self.ask.answers:
+            return
+        for piece in pieces:
+            answer = self._answer(piece.index)
+            answer.least += max(self._least if piece.text else 0, piece.tokens)
+            answer.size += len(piece.text) if piece.text.isascii() else len(piece.text.encode(errors="replace"))
             if self._counter.exact:
-                self._texts.append(text)
-        self._tell_written((self._usage.written if self._usage else 0) + self._since)
+                self._texts.append(piece.text)
+        self._tell_written(self._before + sum([each.said + each.least for each in self._answers.values()]))
         self._expect()
 
     def size(self, count: int) -> None:
         """So many bytes that could not be read as chunks."""
-        self._bytes += count
+        if self.ask.answers:
+            self._answer(0).size += count
 
-    def usage(self, usage: Usage) -> None:
-        self._usage, self._since, self._counted = usage, 0, self._bytes
+    def unreadable(self) -> None:
+        """What is written cannot be read: it counts as what was set aside, at least."""
+        self._floor = self._held
+
+    def usage(self, usage: Usage, index: int | None = None) -> None:
+        """`index`: of the one answer that it is of."""
+        self._usage = usage
+        self._texts.clear()
+        if index is None or self.ask.answers <= 1:
+            self._before = usage.written
+            self._answers.clear()
+        else:
+            self._answers[index] = _Answer(usage.written)
         self._tell_read(usage.read, usage.cached)
-        self._tell_written(usage.written)
+        self._tell_written(self._before + sum([each.said for each in self._answers.values()]))
         self._expect()
 
     @property
     def began(self) -> bool:
         """Something was written."""
-        return bool(self._bytes or self._usage)
+        return bool(self._answers or self._usage)
 
-    def spent(self) -> Usage:
+    def spent(self, *, whole: bool = True) -> Usage:
         """What it comes to so far."""
-        if self._usage is not None:
-            return Usage(self._usage.read, self._usage.written + self._since, self._usage.cached)
-        written = self._counter.count(self.ask.model, self._texts) if self._texts else tokens_of(self._bytes)
-        return Usage(self._expected, max(written, self._since))
+        written = self._before + sum([each.probable for each in self._answers.values()])
+        if self._texts:
+            said = self._before + sum([each.said for each in self._answers.values()])
+            least = sum([each.least for each in self._answers.values()])
+            written = said + max(least, self._counter.count(self.ask.model, self._texts))
+        written = max(written, self._floor)
+        if self._usage is None or not (whole or self._usage.read):
+            return Usage(self._expected, written)
+        return Usage(self._usage.read, written, self._usage.cached)
+
+    def _answer(self, index: int) -> _Answer:
+        return self._answers.setdefault(index, _Answer())
 
     def close(self, *, whole: bool) -> Usage:
         """Tells what was not told yet, and returns what is charged in all. Once: then it says so again."""
         if not self._closed:
             self._closed = True
             if whole or self._usage is not None or self._charges_breaks:
-                spent = self.spent()
+                spent = self.spent(whole=whole)
                 self._tell_read(spent.read, spent.cached)
                 self._tell_written(spent.written)
         return self._told
@@ -139,7 +178,7 @@ class Bill:
     def _expect(self) -> None:
         """What is not told yet, as far as it can be known: the meter keeps it free."""
         due = [] if self._usage is not None else [self._due_read] if self._expected else []
-        seen = (self._usage.written if self._usage else 0) + tokens_of(self._bytes - self._counted)
+        seen = self._before + sum([each.probable for each in self._answers.values()])
         if seen > self._told.written:
             due.append(Line(self._kinds.written.feature, seen - self._told.written, self._dimensions))
         self.meter.expect(*due)

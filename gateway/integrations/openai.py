@@ -5,6 +5,7 @@ Chat completions, completions, embeddings and responses; https://platform.openai
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Final, TypeAlias, cast
 
@@ -20,7 +21,14 @@ KINDS: Final = (CHAT, TEXT, EMBEDDINGS, RESPONSES)
 IMAGE_TOKENS: Final = 1_000  # of a picture or a recording, until the usage says how many it was
 DONE: Final = b"data: [DONE]\n\n"
 MOST_TOKENS: Final = 2**40  # of one answer: what says more is not believed
-_ASKED: Final = ("messages", "prompt", "input", "instructions", "system", "tools", "functions")
+_NO_VALUE: Final = re.compile(r"[^A-Za-z0-9._~@/+-]")  # what cannot stand in a dimension's value
+_MESSAGES: Final = ("messages", "input", "prompt")
+_MEDIA: Final = ("image_url", "input_audio", "file", "file_data", "audio_url", "video_url")  # in a message
+# Fields that no model reads; all others may be, whatever a server takes.
+_SMALL: Final = frozenset(
+    ("model", "user", "metadata", "stream", "stream_options", "service_tier", "logit_bias", "stop", "id", "request_id")
+)
+MAX_DEPTH: Final = 64  # of a request
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -32,9 +40,12 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Ask(msgspec.Struct, frozen=True):
-    """What a request asks for. `texts`: what is to be read; `read`: tokens that come beside them."""
+    """What a request asks for. `model`: as a dimension's value, `_` for what cannot stand in one. `texts` are read, and
+    `read` tokens beside them.
+    """
 
     kind: str
+    named: str  # the model, as the request has it
     model: str
     streams: bool
     answers: int  # that are written
@@ -42,6 +53,7 @@ class Ask(msgspec.Struct, frozen=True):
     texts: tuple[str, ...]
     read: int
     wants_usage: bool  # the stream's caller asked for it
+    echoes: bool = False  # the prompt comes back as well
 
 
 def kind_of(path: str) -> str:
@@ -63,18 +75,24 @@ def read_request(kind: str, body: bytes) -> tuple[Ask, dict[str, object]]:
 
 def ask_of(kind: str, found: Json) -> Ask:
     """Raises InvalidArgument, which names the field."""
-    model = found.get("model")
-    if not isinstance(model, str):
+    named = found.get("model")
+    if not isinstance(named, str):
         raise InvalidArgument("model", "is not there; expected a model's name")
+    model = _NO_VALUE.sub("_", named)
     check_value("model", model)
-    texts = tuple(text for name in _ASKED for text in _texts(found.get(name)))
+    if found.get("background"):
+        raise InvalidArgument("background", "is not metered: the answer would be fetched later; expected false")
+    read = _Read()
+    for name, value in found.items():
+        if name not in _SMALL:
+            read.see(value, names=name not in _MESSAGES, media=name in _MESSAGES)
     prompts = _prompts(found.get("prompt")) if kind == TEXT else 1
     answers = 0 if kind == EMBEDDINGS else max(_number(found, "n", 1), _number(found, "best_of", 1)) * prompts
     most = max(_number(found, name, 0) for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"))
     options = found.get("stream_options")
-    wants = isinstance(options, dict) and options.get("include_usage") is True
-    read = sum(_tokens(found.get(name)) for name in _ASKED)
-    return Ask(kind, model, found.get("stream") is True, answers, most, texts, read, wants)
+    wants = isinstance(options, dict) and _flag(options, "include_usage")
+    streams, echoes = _flag(found, "stream"), _flag(found, "echo")
+    return Ask(kind, named, model, streams, answers, most, tuple(read.texts), read.tokens, wants, echoes)
 
 
 def with_usage(request: Mapping[str, object], *, continuous: bool) -> bytes:
@@ -94,24 +112,54 @@ def usage_of(answer: Json) -> Usage | None:
         return None
     read = _count(found, "prompt_tokens", "input_tokens")
     written = _count(found, "completion_tokens", "output_tokens")
-    if read is None or (written is None and "total_tokens" not in found):
+    if read is not None and written is None and (total := _count(found, "total_tokens")) is not None:
+        written = max(0, total - read)
+    if read is None or written is None:
         return None
     details = found.get("prompt_tokens_details") or found.get("input_tokens_details")
     cached = _count(details, "cached_tokens", "cached_tokens") if isinstance(details, dict) else 0
-    return Usage(read, written or 0, min(cached or 0, read))
+    return Usage(read, written, min(cached or 0, read))
 
 
-def written_by(chunk: Json) -> Iterator[str]:
-    """The texts that a chunk adds, or an answer has; those that are empty are left out."""
+class Piece(msgspec.Struct, frozen=True):
+    """What a chunk adds to one of the answers. `tokens`: that it names one by one, whether it has their text or not."""
+
+    index: int
+    text: str
+    tokens: int = 0
+
+
+def written_by(chunk: Json) -> Iterator[Piece]:
+    """What a chunk adds, or an answer has; what is empty is left out."""
     for choice in _dicts(chunk.get("choices")):
-        if text := "".join(_strings(choice.get("delta") or choice.get("message") or choice.get("text"))):
-            yield text
+        text = "".join(_strings(choice.get("delta") or choice.get("message") or choice.get("text")))
+        if (tokens := _listed(choice)) or text:
+            yield Piece(_index(choice), text, tokens)
     kind = chunk.get("type")
     if isinstance(kind, str) and kind.endswith(".delta") and isinstance(delta := chunk.get("delta"), str) and delta:
-        yield delta
+        yield Piece(0, delta)
     for item in _dicts(chunk.get("output")):
         if text := "".join(_strings(item.get("content") or item.get("arguments") or item.get("summary"))):
-            yield text
+            yield Piece(0, text)
+
+
+def choice_of(chunk: Json) -> int | None:
+    """The one answer that a chunk, and its usage, is of; None: of all."""
+    choices = list(_dicts(chunk.get("choices")))
+    return _index(choices[0]) if len(choices) == 1 else None
+
+
+def _index(choice: Json) -> int:
+    index = choice.get("index", 0)
+    return index if isinstance(index, int) else 0
+
+
+def _listed(choice: Json) -> int:
+    """Tokens, in `logprobs` or as ids, as servers send them beside the text, or before it."""
+    found = choice.get("logprobs")
+    logprobs = found if isinstance(found, dict) else {}
+    lists = (logprobs.get("content"), logprobs.get("tokens"), choice.get("token_ids"))
+    return max(len(each) if isinstance(each, list) else 0 for each in lists)
 
 
 def is_only_usage(chunk: Json) -> bool:
@@ -190,31 +238,44 @@ def _prompts(prompt: object) -> int:
     return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
 
 
-def _texts(found: object) -> Iterator[str]:
-    """What is to be read, as texts; pictures and recordings are not."""
-    if isinstance(found, str):
-        yield found
-    elif isinstance(found, list):
-        for each in found:
-            yield from _texts(each)
-    elif isinstance(found, dict):
-        for name, each in found.items():
-            if name not in _MEDIA:
-                yield from _texts(each)
+def _flag(request: Json, name: str) -> bool:
+    """Servers take 1 and "true" for true: here nothing else is."""
+    found = request.get(name)
+    if found is not None and not isinstance(found, bool):
+        raise InvalidArgument(name, f"{found!r} is neither true nor false")
+    return found is True
 
 
-def _tokens(found: object) -> int:
-    """Of what is no text: numbers are tokens, pictures and recordings have IMAGE_TOKENS."""
-    if isinstance(found, list):
-        if found and isinstance(found[0], int):
-            return len(found)
-        return sum(_tokens(each) for each in found)
-    if isinstance(found, dict):
-        return sum(IMAGE_TOKENS if name in _MEDIA else _tokens(each) for name, each in found.items())
-    return 0
+class _Read:
+    """What of a request a model may have to read: its texts, and tokens beside them."""
 
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.tokens = 0
 
-_MEDIA: Final = ("image_url", "input_audio", "file", "file_data", "audio_url", "video_url")
+    def see(self, found: object, *, names: bool, media: bool, depth: int = 0) -> None:
+        """`names`: those of fields count as well, of tools say. `media`: pictures and recordings have IMAGE_TOKENS.
+
+        Raises InvalidArgument for what goes too deep.
+        """
+        if depth > MAX_DEPTH:
+            raise InvalidArgument("body", f"is nested deeper than {MAX_DEPTH}")
+        if isinstance(found, str):
+            self.texts.append(found)
+        elif isinstance(found, list):
+            if found and isinstance(found[0], int):
+                self.tokens += len(found)
+                return
+            for each in found:
+                self.see(each, names=names, media=media, depth=depth + 1)
+        elif isinstance(found, dict):
+            for name, each in found.items():
+                if media and name in _MEDIA:
+                    self.tokens += IMAGE_TOKENS
+                    continue
+                if names:
+                    self.texts.append(name)
+                self.see(each, names=names, media=media, depth=depth + 1)
 
 
 def _strings(found: object) -> Iterator[str]:

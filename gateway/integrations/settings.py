@@ -45,9 +45,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     most_output: int = 4_096  # 1..10000000: tokens that are written at most where a request does not say
     first_output: int = 1_024  # 1..10000000: tokens that are reserved while nothing is known of a model
     percent: int = 90  # 1..100: of the answers that shall fit into what is reserved
+    unstreamed: str = "most"  # what is reserved for answers that do not stream, and cannot be stopped: most, estimate
     chunk_tokens: int = 1  # 0..64: tokens that a chunk with text has at least; 0: nothing is told before the usage is
     stream_usage: str = "ask"  # what is added to streaming requests: ask, continuous (of vLLM and SGLang), leave
     on_break: str = "charge"  # of an answer that broke off: charge (input and observed output), reported
+    models: str = ""  # that are served, with commas; empty: the server itself refuses what it does not serve
     open_paths: str = "/tokenize,/detokenize"  # POST to these is not charged; anything else unknown is refused
 
     litellm_customer: str = "team,user"  # LiteLLM: what of a key is the customer, the first that it has
@@ -109,7 +111,11 @@ _NUMBERS: Final = {
     "percent": (1, 100),
     "chunk_tokens": (0, 64),
 }
-_WORDS: Final = {"stream_usage": ("ask", "continuous", "leave"), "on_break": ("charge", "reported")}
+_WORDS: Final = {
+    "unstreamed": ("most", "estimate"),
+    "stream_usage": ("ask", "continuous", "leave"),
+    "on_break": ("charge", "reported"),
+}
 
 
 def load(environment: Mapping[str, str] | None = None) -> Settings:

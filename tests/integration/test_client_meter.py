@@ -96,13 +96,13 @@ async def test_two_hundred_streams_over_a_gateway_that_is_killed(fragile: DevSta
     used = Counter[str]()
     async with opened(fragile) as (at, customers), Client(fragile.gateway, timeout_ms=10_000) as client:
         rich = customers[:20]
-        started = asyncio.Semaphore(0)
+        started, over = asyncio.Semaphore(0), asyncio.Event()
 
         async def live(customer: str) -> None:
             async with client.meter(customer, "calls", 20) as meter:
                 assert meter.allowed
                 started.release()
-                for _ in range(random.randrange(10, 40)):
+                while not over.is_set() or random.random() < 0.8:
                     some = random.randrange(1, 4)
                     meter.use("calls", some)
                     used[customer] += some
@@ -115,6 +115,7 @@ async def test_two_hundred_streams_over_a_gateway_that_is_killed(fragile: DevSta
         for _ in range(2):
             await down_and_up(fragile, "gateway")
             await asyncio.sleep(random.random())
+        over.set()
         async with asyncio.timeout(3 * DEADLINE_S):
             await asyncio.gather(*living)
         await at.verified()

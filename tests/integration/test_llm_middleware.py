@@ -12,6 +12,10 @@ from typing import Any
 import msgspec
 import orjson
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
 
 from entitlement.rating import cost
 from gateway.client import Client
@@ -19,7 +23,7 @@ from gateway.integrations.asgi import EntitlementMiddleware
 from gateway.integrations.settings import Settings
 from tests.integration.test_trace import read_rows
 from tests.model_server import WORD, Driver, ModelServer, Script
-from tests.stacks import INPUT, OUTPUT, Site, fresh, until
+from tests.stacks import DEADLINE_S, INPUT, OUTPUT, Site, fresh, until
 
 USD = 10**9
 READ, WRITTEN = "tokens?token_type=input", "tokens?token_type=output"
@@ -199,6 +203,38 @@ class TestTheMoneyEnds:
         balance = await at.balance(customer)
         assert -cost(OUTPUT, 1) - 1 <= balance.available_nanos <= cost(OUTPUT, 64 // 16) + 1
 
+    @pytest.mark.parametrize("version", ["2.3", "2.4"])
+    @pytest.mark.parametrize("looks", [True, False])
+    async def test_an_application_of_starlette_ends_its_work(
+        self, at: Site, client: Client, version: str, looks: bool
+    ) -> None:
+        """Before 2.4 it hears of the end from `receive`, and after from `send`; or it looks by itself."""
+        customer = await at.customer(cost(INPUT, 8) + cost(OUTPUT, 50))
+        written, ended = 0, asyncio.Event()
+
+        async def answer(request: Request) -> StreamingResponse:
+            async def write() -> AsyncIterator[bytes]:
+                nonlocal written
+                try:
+                    while not (looks and await request.is_disconnected()):
+                        written += 1
+                        choice = {"index": 0, "delta": {"content": WORD}, "finish_reason": None}
+                        yield b"data: " + orjson.dumps({"id": "x", "choices": [choice]}) + b"\n\n"
+                        await asyncio.sleep(0)
+                finally:
+                    ended.set()
+
+            return StreamingResponse(write(), media_type="text/event-stream")
+
+        app = Starlette(routes=[Route("/v1/chat/completions", answer, methods=["POST"])])
+        metered = EntitlementMiddleware(app, Settings(input=READ, output=WRITTEN, first_output=16), client=client)
+        body = {"model": "m", "stream": True, "messages": [{"role": "user", "content": WORD * 7}]}
+        caller = await Driver(metered, body).run(x_customer_id=customer, version=version)
+        async with asyncio.timeout(DEADLINE_S):
+            await ended.wait()
+        assert caller.ended and caller.texts <= written <= caller.texts + 5
+        await until(lambda: at.balance(customer), lambda found: not found.held_nanos, "something stays held")
+
     async def test_twenty_at_once_do_not_pass_the_gate_by_more_than_a_chunk_each(
         self, at: Site, client: Client
     ) -> None:
@@ -230,7 +266,7 @@ class TestBadInput:
             ("/v1/chat/completions", b"[]", 400, "body: is not a JSON object"),
             ("/v1/chat/completions", b"{}", 400, "model: is not there"),
             ("/v1/chat/completions", b'{"model":"m","n":-1}', 400, "n: -1 is not a whole number in 0..1099511627776"),
-            ("/v1/chat/completions", b'{"model":"a b"}', 400, "model: "),
+            ("/v1/chat/completions", b'{"model":""}', 400, "model: "),
             ("/v1/images/generations", b'{"model":"m"}', 403, "POST /v1/images/generations is not metered here"),
         ],
     )

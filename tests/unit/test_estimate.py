@@ -55,6 +55,13 @@ def test_a_customer_with_few_calls_is_sized_by_the_model() -> None:
     assert estimator.size("bob", "other", MOST) == 1_024
 
 
+def test_calls_that_may_use_little_say_nothing_of_those_that_may_use_much() -> None:
+    estimator = Estimator()
+    for _ in range(50):
+        estimator.observe("ann", "m", 2, 2)
+    assert estimator.size("ann", "m", 2) == 2 and estimator.size("ann", "m", MOST) == 1_024
+
+
 @pytest.mark.parametrize("amount", [0, 1, 17, 999, 16_000, MOST, 10 * MOST])
 def test_the_size_covers_what_was_always_used(amount: int) -> None:
     estimator = Estimator()
@@ -70,7 +77,7 @@ def test_what_is_known_is_bounded() -> None:
     estimator = Estimator(most_known=20)
     for number in range(100):
         estimator.observe(f"c{number}", "m", MOST, 1)
-    assert len(estimator._known) == 20 and ("", "m") in estimator._known
+    assert len(estimator._known) == 20 and ("", "m", MOST.bit_length()) in estimator._known
     assert MAX_KNOWN * BUCKETS * 2 < 2_000_000
 
 

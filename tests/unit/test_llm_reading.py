@@ -115,6 +115,10 @@ class TestRequests:
         assert (ask.answers, ask.most, ask.read) == (answers, most, read)
         assert sum(map(len, ask.texts)) < 100
 
+    def test_a_model_is_named_as_a_dimension_can_be(self) -> None:
+        ask, request = read_request("chat/completions", b'{"model":"ft:llama3:8b"}')
+        assert ask.model == "ft_llama3_8b" and request["model"] == "ft:llama3:8b"
+
     def test_texts_are_found_wherever_they_stand(self) -> None:
         messages = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
         tools = [{"function": {"name": "look", "parameters": {"type": "object"}}}]
@@ -150,6 +154,7 @@ class TestAnswers:
             ),
             ({"usage": None}, None),
             ({"usage": {"prompt_tokens": 3}}, None),
+            ({"usage": {"prompt_tokens": 7, "completion_tokens": None, "total_tokens": 57}}, Usage(7, 50)),
             ({"usage": {"prompt_tokens": -3, "completion_tokens": 4}}, None),
             ({"usage": {"prompt_tokens": True, "completion_tokens": 4}}, None),
             ({"usage": {"prompt_tokens": "3", "completion_tokens": 4}}, None),
@@ -176,7 +181,7 @@ class TestAnswers:
         ],
     )
     def test_texts(self, chunk: dict[str, Any], texts: list[str]) -> None:
-        assert list(written_by(chunk)) == texts
+        assert [piece.text for piece in written_by(chunk)] == texts
 
     def test_an_ending_finishes_what_is_open(self) -> None:
         ask, _ = read_request("chat/completions", b'{"model":"m","n":3,"stream":true}')
