@@ -195,7 +195,18 @@ def _ask(call_type: str, data: Mapping[str, object]) -> Ask:
         raise Refused(403, f"{call_type} is not metered here", "not_metered")
     if "," in str(data.get("model")):  # LiteLLM asks each of them, and tells of each.
         raise InvalidArgument("model", "names several models; expected one")
-    return openai.ask_of(kind, data)
+    return openai.ask_of(kind, _request(data))
+
+
+def _request(data: Mapping[str, object]) -> Json:
+    """The caller's fields, as they are by now. LiteLLM has put its own beside them, which no model reads."""
+    asked = data.get("proxy_server_request")
+    body = asked.get("body") if isinstance(asked, Mapping) else None
+    names = {"model", "stream", "messages", "prompt", "input", *(body if isinstance(body, Mapping) else data)}
+    return {name: value for name, value in data.items() if name in names and name not in _LITELLMS}
+
+
+_LITELLMS: Final = ("metadata", "litellm_metadata", "litellm_logging_obj", "proxy_server_request", "cache", "user")
 
 
 def _metadata(data: MutableMapping[str, object]) -> MutableMapping[str, object]:
@@ -254,12 +265,12 @@ class _Texts:
     def __init__(self) -> None:
         self._splitter = Splitter()
 
-    def of(self, chunk: object) -> Iterator[openai.Piece]:
+    def of(self, chunk: object) -> Iterator[str]:
         if not isinstance(chunk, str | bytes):
             return openai.written_by(_read(chunk))
         return self._events(chunk.encode() if isinstance(chunk, str) else chunk)
 
-    def _events(self, data: bytes) -> Iterator[openai.Piece]:
+    def _events(self, data: bytes) -> Iterator[str]:
         for event in self._splitter.feed(data):
             with suppress(orjson.JSONDecodeError):
                 found = orjson.loads(event.data or b"{}")

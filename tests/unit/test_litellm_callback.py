@@ -215,6 +215,15 @@ async def test_the_hold_is_never_the_callers(logger: Any) -> None:
     assert both["metadata"] == {"user_id": "x"} and both["litellm_metadata"] == {"entitlement_hold": "h"}
 
 
+async def test_only_what_the_caller_asks_is_read(module: Any) -> None:
+    asked = {"model": "m", "messages": [{"role": "user", "content": "a" * 40}], "stream": True}
+    own = {"metadata": {"headers": "b" * 4_000}, "secret_fields": {"raw": "c" * 4_000}, "litellm_call_id": "d" * 4_000}
+    ask = module._ask("acompletion", {**asked, **own, "proxy_server_request": {"body": asked, "headers": own}})
+    assert ask.streams and sum(map(len, ask.texts)) == 44 and ask.read == 0
+    templated = module._ask("acompletion", {**asked, "proxy_server_request": {"body": {"prompt_id": "p"}}})
+    assert templated.texts == ask.texts
+
+
 async def test_what_is_not_known_is_refused(module: Any, logger: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Refusal) as refused:
         await asked(logger, "aimage_generation")
