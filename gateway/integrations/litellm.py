@@ -265,12 +265,12 @@ class _Texts:
     def __init__(self) -> None:
         self._splitter = Splitter()
 
-    def of(self, chunk: object) -> Iterator[str]:
+    def of(self, chunk: object) -> Iterator[openai.Piece]:
         if not isinstance(chunk, str | bytes):
             return openai.written_by(_read(chunk))
         return self._events(chunk.encode() if isinstance(chunk, str) else chunk)
 
-    def _events(self, data: bytes) -> Iterator[str]:
+    def _events(self, data: bytes) -> Iterator[openai.Piece]:
         for event in self._splitter.feed(data):
             with suppress(orjson.JSONDecodeError):
                 found = orjson.loads(event.data or b"{}")
