@@ -107,7 +107,7 @@ class Outbox:
                 self._beat()
                 lease.check()
                 self._committed.clear()
-                if await self.publish() < self._batch:
+                if await self.publish() < self._batch and not cancelled():
                     with suppress(TimeoutError):
                         async with asyncio.timeout(self._poll_s):
                             await self._committed.wait()

@@ -161,8 +161,10 @@ async def test_bad_input(at: Site, client: Client) -> None:
     customer = await at.customer(USD)
     with pytest.raises(InvalidArgument, match=r"hold_id: has 101 bytes; a stream.s has 1..100"):
         await client.open_meter(customer, "calls", 10, hold="h" * 101)
-    with pytest.raises(InvalidArgument, match=r"due\[0\].quantity: -1 is outside 0.."):
+    with pytest.raises(InvalidArgument, match=r"quantity: -1 is not a whole number in 0.."):
         await client.open_meter(customer, "calls", 10, due=[Usage("calls", -1)])
+    with pytest.raises(InvalidArgument, match=r"due\[0\]\.feature: 'a b' "):
+        await client.open_meter(customer, "calls", 10, due=[Usage("a b", 1)])
     meter = await client.open_meter(customer, "calls", 10)
     for quantity in (-1, 1.5, 2**53, "3"):
         with pytest.raises(InvalidArgument, match=r"quantity: .* is not a whole number in 0.."):
