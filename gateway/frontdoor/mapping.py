@@ -174,6 +174,10 @@ def _table(section: str, given: Requests | Descriptors) -> Table:
         raise InvalidArgument(f"{section}.rules", f"has {len(given.rules)} rules; expected 1..{MAX_RULES}")
     found: tuple[RequestRule | DescriptorRule, ...] = given.rules
     rules = [_rule(section, index, rule, given.defaults) for index, rule in enumerate(found)]
+    for index, rule in enumerate(rules[:-1]):
+        if rule.match == type(rule.match)():
+            problem = f"is never reached: rules[{index}] matches everything; expected that one as the last"
+            raise InvalidArgument(f"{section}.rules[{index + 1}]", problem)
     of_paths = any(isinstance(rule.match, RequestMatch) and rule.match.path_prefix for rule in rules)
     return Table(tuple(rules), given.otherwise == "allow", of_paths)
 

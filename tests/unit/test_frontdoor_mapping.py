@@ -129,6 +129,9 @@ MISTAKES = {
     rule(f"{FIELDS}, mode: sometimes"): "requests.rules[0].mode: Invalid enum value 'sometimes'",
     rule(f"{FIELDS}, shadow: 3"): "requests.rules[0].shadow: Expected `bool",
     rule(f"{FIELDS}, replays: never"): "requests.rules[0].replays: Invalid enum value 'never'",
+    f"requests: {{rules: [{{{FIELDS}}}, {{{FIELDS}, match: {{methods: [GET]}}}}]}}": (
+        "requests.rules[1]: is never reached: rules[0] matches everything; expected that one as the last"
+    ),
     rule(f"{FIELDS}, skip: true"): "requests.rules[0].customer: is of no use beside skip: nothing is asked",
     rule(f"{FIELDS}, name: {'x' * 257}"): "requests.rules[0].name: 'xxxx",
     "requests: {defaults: {customer: a b}, rules: [{feature: f}]}": "requests.defaults.customer: 'a b' has a character",
