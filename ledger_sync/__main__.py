@@ -10,6 +10,7 @@ import structlog
 import uvloop
 
 from entitlement.errors import EntitlementError
+from entitlement.redaction import Redactor
 from ledger_sync import telemetry
 from ledger_sync.process import Process
 from ledger_sync.publisher import BadPublisher
@@ -42,11 +43,11 @@ async def serve(settings: Settings) -> None:
 def main() -> int:
     try:
         settings = load()
-        telemetry.configure_logs(settings.log_level)
+        telemetry.configure_logs(settings.log_level, settings.redactor)
         structlog.get_logger("ledger_sync").info("starting", settings=repr(settings))
         uvloop.run(serve(settings))
     except (EntitlementError, BadPublisher) as error:
-        sys.stderr.write(f"ledger_sync: {error}\n")
+        sys.stderr.write(f"ledger_sync: {Redactor().text(str(error))}\n")
         return 2
     return 0
 
