@@ -20,14 +20,14 @@ Logged: TypeAlias = Mapping[str, object]
 _NAMES: Final = "password|passwd|passphrase|secret|authorization|credential|cookie|api[_-]?key|private[_-]?key"
 _NAMED: Final = re.compile(rf"{_NAMES}|(?:^|[_-])(?:token|pwd|jwt|dsn)$", re.IGNORECASE)
 _PLACED: Final = (
-    # Up to the last @ before the path, or what follows an unescaped @ in a password would be left.
-    (re.compile(r"(?<=://)[^\s/'\"?#]*@"), f"{HIDDEN}@"),
-    (re.compile(r"\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{4,}", re.IGNORECASE), rf"\1 {HIDDEN}"),
+    # Up to the last @: a password that is not escaped may hold one, or a slash.
+    (re.compile(r"(?<=://)[^\s'\"]*@"), f"{HIDDEN}@"),
+    (re.compile(r"\b((?i:bearer|basic))\s+(?=\S*[0-9A-Z=])[A-Za-z0-9._~+/=-]{8,}"), rf"\1 {HIDDEN}"),
     (re.compile(r"\bwhsec_[A-Za-z0-9+/=_-]+"), f"whsec_{HIDDEN}"),
     (re.compile(r"\beyJ[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*"), HIDDEN),  # A JSON web token.
     (
         re.compile(
-            rf"""((?:\b|_)(?:{_NAMES}|token|pwd)\b["']?\s*[=:]\s*)(?:"[^"]*"|'[^']*'|(?!\*\*\*)[^\s,;&)}}\]"']+)""",
+            rf"""(\b[\w.-]{{0,40}}(?:{_NAMES}|token|pwd)\b["']?\s*[=:]\s*)(?:"[^"]*"|'[^']*'|(?!\*\*\*)[^\s,;&)}}\]"']+)""",
             re.IGNORECASE,
         ),
         rf"\1{HIDDEN}",
