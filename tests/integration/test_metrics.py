@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -305,3 +307,38 @@ async def test_no_secret_stands_in_logs_figures_probes_or_errors(shown: Shown, a
     assert MISTAKEN not in logs
     assert not found(logs)
     assert not found("\n".join(shown.told))
+
+
+async def test_ledger_sync_is_alive_and_not_ready_while_it_waits_for_its_database() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    env = {
+        "METRICS": address,
+        "LISTEN": "127.0.0.1:0",
+        "DATABASE_URL": f"postgresql://app:{quote(SECRETS['database'], safe='')}@127.0.0.1:{free_port()}/entitlement",
+    }
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "ledger_sync"),
+        env=os.environ | {f"ENTITLEMENT_SYNC_{name}": value for name, value in env.items()},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert child.stderr is not None
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            while b"waiting_for_database" not in (line := await child.stderr.readline()):
+                assert line, "it has ended"
+        assert not found(line.decode())
+        waiting = Shown(None, {"sync": address}, {})  # type: ignore[arg-type]
+        assert (await waiting.ask("sync", "/livez"))[0] == 200
+        assert await waiting.components("sync") == {"serving": {"ok": False, "detail": "it is starting"}}
+        second = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "ledger_sync"),
+            env=os.environ | {f"ENTITLEMENT_SYNC_{name}": value for name, value in env.items()},
+            stderr=asyncio.subprocess.PIPE,
+        )
+        async with asyncio.timeout(DEADLINE_S):
+            _, said = await second.communicate()
+        assert second.returncode == 2
+        assert said.decode().splitlines()[-1].startswith(f"ledger_sync: metrics: '{address}' cannot be bound: ")
+    finally:
+        child.terminate()
+        await child.wait()
