@@ -10,6 +10,7 @@ import structlog
 import uvloop
 
 from entitlement.errors import EntitlementError, InvalidArgument, Unavailable
+from entitlement.redaction import Redactor
 from gateway import telemetry
 from gateway.process import Process
 from gateway.settings import Settings, load
@@ -58,11 +59,11 @@ def _by_envoy(settings: Settings) -> bool:
 def main() -> int:
     try:
         settings = load()
-        telemetry.configure(settings.log_level)
+        telemetry.configure(settings.log_level, settings.redactor)
         structlog.get_logger("gateway").info("starting", settings=repr(settings))
         uvloop.run(serve(settings))
     except EntitlementError as error:
-        sys.stderr.write(f"gateway: {error}\n")
+        sys.stderr.write(f"gateway: {Redactor().text(str(error))}\n")
         return 2
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from time import perf_counter
 from typing import Protocol, cast
 
 import structlog
@@ -13,6 +14,7 @@ from entitlement.errors import EntitlementError, IdempotencyMismatch, InvalidArg
 from entitlement.quantity import MAX_CUMULATIVE, MAX_NANOS
 from gateway.catalog import Catalog
 from gateway.store.protocol import HotStore
+from gateway.tally import OVERLOADED, Tally
 
 _log = structlog.get_logger(__name__)
 MAX_ATTEMPTS = 5  # decisions tried for one call: an install, a plan change and a price change may each need another
@@ -39,7 +41,7 @@ class Fallback(Protocol):
 
 
 class Admission:
-    """Decides calls. Holds no state but the number in flight."""
+    """Decides calls. Holds no state but the number in flight, and what it has counted."""
 
     def __init__(
         self, store: HotStore, catalog: Catalog, loader: Loader, degraded: Fallback, max_in_flight: int = 4096
@@ -50,6 +52,7 @@ class Admission:
         self._degraded = degraded
         self._max_in_flight = max_in_flight
         self.in_flight = 0
+        self.tally = Tally()
 
     @property
     def values(self) -> Mapping[str, str]:
@@ -63,20 +66,27 @@ class Admission:
         Unavailable (unknown: retry with the same key). Cancelling is safe at any point for the same reason.
         """
         if self.in_flight >= self._max_in_flight:
+            self.tally.refused[OVERLOADED] += 1
             raise Overloaded(
                 f"{self.in_flight} calls are in flight, the limit is {self._max_in_flight}; retry with the same key"
             )
         self.in_flight += 1
+        began = perf_counter()
         try:
             try:
                 outcome = await self._store.consume(request, self._catalog.price(request))
             except Unavailable as away:
-                return await self._degraded.decide(request, away)
-            if type(outcome) is Decision:
-                return outcome
-            return await self._resolve(request, outcome)
+                outcome = await self._degraded.decide(request, away)
+            if type(outcome) is not Decision:
+                outcome = await self._resolve(request, outcome)
+            self.tally.outcomes[outcome.verdict][outcome.reason] += 1
+            return outcome
+        except EntitlementError as error:
+            self.tally.refuse(error)
+            raise
         finally:
             self.in_flight -= 1
+            self.tally.took.add(perf_counter() - began)
 
     async def admit_many(self, requests: Sequence[Consume]) -> list[Decision | EntitlementError]:
         """Each request's own decision or refusal, in order; neighbours share one round trip and nothing else.
@@ -85,23 +95,29 @@ class Admission:
         """
         self.check_room(len(requests))
         self.in_flight += len(requests)
+        began = perf_counter()
         try:
             price = self._catalog.price
             try:
                 outcomes = await self._store.consume_many([(request, price(request)) for request in requests])
             except Unavailable as away:
-                return await self._all_without(requests, away)
+                return self.tally.all(await self._all_without(requests, away))
             rare = [index for index, outcome in enumerate(outcomes) if type(outcome) is not Decision]
             if rare:
                 found = await asyncio.gather(*[self._or_error(requests[index], outcomes[index]) for index in rare])
-                return _merged(outcomes, dict(zip(rare, found, strict=True)))
-            return cast(list[Decision | EntitlementError], outcomes)
+                return self.tally.all(_merged(outcomes, dict(zip(rare, found, strict=True))))
+            return self.tally.all(cast(list[Decision | EntitlementError], outcomes))
+        except EntitlementError as error:
+            self.tally.refuse(error, len(requests))
+            raise
         finally:
             self.in_flight -= len(requests)
+            self.tally.took.add(perf_counter() - began, len(requests))
 
     def check_room(self, more: int) -> None:
         """Raises Overloaded when there is no room for so many more, before anything is done for them."""
         if self.in_flight + more > self._max_in_flight:
+            self.tally.refused[OVERLOADED] += more
             raise Overloaded(
                 f"{self.in_flight} calls are in flight and {more} more would pass the limit "
                 f"{self._max_in_flight}; retry with the same keys"

@@ -38,6 +38,7 @@ class HoldService:
         self._tenant = tenant
         self._closing: set[asyncio.Task[None]] = set()
         self._left: set[MeterStream] = set()  # being closed
+        self.streams = 0  # open
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         unary = grpc.unary_unary_rpc_method_handler
@@ -65,12 +66,14 @@ class HoldService:
 
     async def meter(self, requests: AsyncIterator[pb.MeterRequest], context: Context) -> None:
         stream = MeterStream(self._holds, self._tenant, context.write, self._note, uuid.uuid4().hex)
+        self.streams += 1
         try:
             await stream.run(requests)
         except EntitlementError as error:
             self._leave(stream)
             await refuse(context, error)
         finally:
+            self.streams -= 1
             self._leave(stream)  # Also when it was cancelled: the caller has gone, and waits for nothing.
 
     def _leave(self, stream: MeterStream) -> None:

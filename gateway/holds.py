@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Final, Protocol
 
-from entitlement.decision import Charge, Consume, Mismatch, NotLoaded, OutOfRange, OutOfTime, Stale
-from entitlement.errors import Unavailable
+from entitlement.decision import Charge, Consume, Mismatch, NotLoaded, OutOfRange, OutOfTime, Stale, Verdict
+from entitlement.errors import EntitlementError, Unavailable
 from entitlement.holding import Closing, HoldOutcome, Kept, NoHold, Reserve, Settle, Unordered
 from gateway.admission import MAX_ATTEMPTS, Admission, Loader, refusal
 from gateway.catalog import Catalog
+from gateway.tally import word
+
+_CLOSED: Final[dict[str, str]] = {"R": "release", "E": "release", "S": "settle", "T": "renew"}
 
 
 class Store(Protocol):
@@ -31,20 +35,35 @@ class Holds:
         self._catalog = catalog
         self._loader = loader
         self._admission = admission
+        self.calls: Counter[tuple[str, str]] = Counter()  # by what was asked, and what came of it
 
     async def reserve(self, reserve: Reserve) -> Kept | NoHold:
-        found = await self._decide(reserve.asked, lambda charge: self._store.reserve(reserve, charge))
+        kind = "extend" if reserve.extension else "reserve"
+        found = await self._counted(kind, reserve.asked, lambda charge: self._store.reserve(reserve, charge))
         assert not isinstance(found, Unordered), "nothing is reported"
         return found
 
     async def settle(self, settle: Settle) -> Kept | NoHold | Unordered:
         """Unordered: its reports do not follow the last one that was charged."""
-        return await self._decide(settle.asked, lambda charge: self._store.settle(settle, charge))
+        return await self._counted("settle", settle.asked, lambda charge: self._store.settle(settle, charge))
 
     async def close(self, closing: Closing) -> Kept | NoHold:
-        found = await self._decide(closing.asked, lambda _: self._store.close(closing), priced=False)
+        found = await self._counted(
+            _CLOSED[closing.what], closing.asked, lambda _: self._store.close(closing), priced=False
+        )
         assert not isinstance(found, Unordered), "nothing is reported"
         return found
+
+    async def _counted(
+        self, kind: str, asked: Consume, attempt: Callable[[Charge], Awaitable[HoldOutcome]], *, priced: bool = True
+    ) -> Kept | NoHold | Unordered:
+        try:
+            outcome = await self._decide(asked, attempt, priced=priced)
+        except EntitlementError as error:
+            self.calls[kind, word(error)] += 1
+            raise
+        self.calls[kind, _word_of(outcome)] += 1
+        return outcome
 
     async def _decide(
         self, asked: Consume, attempt: Callable[[Charge], Awaitable[HoldOutcome]], *, priced: bool = True
@@ -75,3 +94,9 @@ class Holds:
 
 
 _UNPRICED = Charge("", 0, 0, 0, ())
+
+
+def _word_of(outcome: Kept | NoHold | Unordered) -> str:
+    if isinstance(outcome, Kept):
+        return "DENY" if outcome.decision.verdict is Verdict.DENY else "ALLOW"
+    return "NO_HOLD" if isinstance(outcome, NoHold) else "OUT_OF_ORDER"

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import Callable
+from time import monotonic
 
 import structlog
 
 from entitlement.catalog import Snapshot
 from entitlement.decision import Limits
+from entitlement.probes import Component, Pulse
+from gateway import exposition
 from gateway.admission import Admission
 from gateway.catalog import Catalog
 from gateway.degraded import Degraded
 from gateway.denials import Denials
 from gateway.fence import Fence
+from gateway.figures import Parts
 from gateway.holds import Holds
 from gateway.receipts import Receipts, tend
 from gateway.settings import Settings
@@ -25,13 +30,16 @@ from gateway.transport.grpcio import GrpcioTransport
 from gateway.transport.servicers import Servicers
 
 GC_THRESHOLD = 50_000  # after warm-up: what lives is frozen, young garbage is looked at rarely
+PULSE_S = 0.25
 _log = structlog.get_logger(__name__)
 
 
 class Core:
     """What decides, and its servicers. `start` returns when calls can be decided; `stop` may be called twice."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, failures: Callable[[], int] = lambda: 0) -> None:
+        """`failures`: calls that ended in an error nobody foresaw, as the transport counts them."""
+        self._settings = settings
         limits = Limits(remember_ms=settings.remember_ms)
         self._catalog = Catalog(durability=settings.unless_said)
         self.receipts = Receipts(settings.receipts_base, max_bytes=settings.receipts_max_mib << 20)
@@ -43,7 +51,8 @@ class Core:
             receipts=self.receipts,
             fence=Fence(self.receipts, self._catalog, settings.tenant, limits, settings.partitions),
         )
-        self._tending: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._draining = False
         denials = Denials()
         self._control = Control(
             settings.redis_url,
@@ -60,34 +69,55 @@ class Core:
             *(self._catalog, self._control, self.admission),
         )
         self.servicers = Servicers(self.admission, holds, self._store, self._control, denials, settings)
+        self._pulse = Pulse(monotonic)
+        self._parts = Parts(
+            *(self.admission, holds, self._store, self.receipts, self._degraded, self._catalog, self._pulse),
+            *(lambda: self.servicers.streams, failures, self.components),
+        )
 
     async def start(self) -> None:
         """Raises Unavailable when the hot store cannot be reached, InvalidArgument when receipts have no place."""
         self.receipts.check()
+        exposition.add(self._settings, self._parts)
+        self._tasks.append(asyncio.create_task(self._beat()))
         await self._store.start()
-        self._tending = asyncio.create_task(tend(self.receipts, self._store))
+        self._tasks.append(asyncio.create_task(tend(self.receipts, self._store)))
         await self._control.start()
-        await self.servicers.start(self._serving)
+        await self.servicers.start(self.components)
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD)
 
-    def _serving(self) -> bool:
-        return self._store.connected and not self.receipts.problem
+    def components(self) -> dict[str, Component]:
+        """What has to be well for calls to be decided, and why it is not."""
+        reached, why = self._store.reached, self._store.why
+        return {
+            "redis": Component(reached, "" if reached else why),
+            "fence": Component(self._store.connected, why),
+            "receipts": Component(not self.receipts.problem, self.receipts.problem),
+            "serving": Component(not self._draining, "it is being stopped" if self._draining else ""),
+        }
+
+    async def _beat(self) -> None:
+        while True:
+            self._pulse.beat()
+            await asyncio.sleep(PULSE_S)
 
     async def drain(self) -> None:
         """Health says NOT_SERVING from now on; calls are still decided."""
+        self._draining = True
         await self.servicers.stop()
 
     async def stop(self) -> None:
         await self.servicers.stop()
         await self.servicers.finish()
         await self._control.stop()
-        if self._tending is not None:
-            self._tending.cancel()
-            await asyncio.gather(self._tending, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._store.stop()
         await self.receipts.stop()
+        exposition.remove(self._parts)
 
     def _swap(self, snapshot: Snapshot) -> None:
         self._catalog.swap(snapshot)
@@ -100,7 +130,7 @@ class Process:
 
     def __init__(self, settings: Settings) -> None:
         self._drain_s = settings.drain_ms / 1000
-        self._core = Core(settings)
+        self._core = Core(settings, lambda: self._transport.failures)
         self._transport = GrpcioTransport(self._core.servicers.register, settings)
         front = self._core.servicers.front
         if front is not None and front.forward is not None:

@@ -14,6 +14,7 @@ from entitlement.catalog import Durability
 from entitlement.errors import InvalidArgument
 from entitlement.identity import check_id
 from entitlement.quantity import parse_integer, within
+from entitlement.redaction import Redactor, of_url
 from gateway.frontdoor import mapping
 from gateway.store.connection import Endpoint
 
@@ -48,6 +49,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_in_flight: int = 4_096  # 1..1000000 decisions; beyond it RESOURCE_EXHAUSTED
     max_message_bytes: int = 4_194_304  # 1024..67108864
     drain_ms: int = 5_000  # 0..600000: how long calls in flight may finish after SIGTERM
+    metrics: str = ""  # host:port of figures for Prometheus, /livez and /readyz; empty: none
     log_level: str = "info"
 
     def __repr__(self) -> str:
@@ -55,6 +57,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         shown = {name: getattr(self, name) for name in self.__struct_fields__ if name != "redis_url"}
         rest = ", ".join(f"{name}={value!r}" for name, value in shown.items())
         return f"Settings(redis_url='***@{_location(self.redis_url)}', {rest})"
+
+    @property
+    def redactor(self) -> Redactor:
+        """Takes what is secret here out of any text."""
+        return Redactor(of_url(self.redis_url))
 
     @property
     def receipts_base(self) -> Path:
@@ -131,6 +138,8 @@ def _checked(settings: Settings) -> Settings:
         raise InvalidArgument("listen", "is empty; expected host:port or unix:/path, comma-separated")
     if settings.frontdoor:
         mapping.load(settings.frontdoor)
+    if settings.metrics:
+        _split("metrics", settings.metrics)
     for address in settings.addresses:
         _check_address(address, safe=settings.insecure or bool(settings.tls_cert))
     return settings
@@ -139,15 +148,21 @@ def _checked(settings: Settings) -> Settings:
 def _check_address(address: str, *, safe: bool) -> None:
     if address.startswith("unix:/"):
         return
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
-        raise InvalidArgument("listen", f"{address!r} is not host:port (port 0..65535) or unix:/path")
+    host = _split("listen", address, " or unix:/path")
     if host not in ("127.0.0.1", "localhost", "[::1]") and not safe:
         raise InvalidArgument(
             "listen",
             f"{address!r} would serve plaintext beyond this machine; "
             "set tls_cert and tls_key, use a loopback or unix:/ address, or say insecure = true",
         )
+
+
+def _split(field: str, address: str, other: str = "") -> str:
+    """The host of 'host:port'."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
+        raise InvalidArgument(field, f"{address!r} is not host:port (port 0..65535){other}")
+    return host
 
 
 def _location(url: str) -> str:

@@ -14,6 +14,7 @@ import structlog
 import uvloop
 
 from entitlement.errors import EntitlementError
+from entitlement.redaction import Redactor
 from ledger_sync import migrations, telemetry
 from ledger_sync.process import Process, open_ledger
 from ledger_sync.publisher import BadPublisher
@@ -56,11 +57,11 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     try:
         settings = load()
-        telemetry.configure_logs(settings.log_level)
+        telemetry.configure_logs(settings.log_level, settings.redactor)
         structlog.get_logger("ledger_sync").info("starting", settings=repr(settings))
         uvloop.run(migrate(settings) if arguments else serve(settings))
     except (EntitlementError, BadPublisher) as error:
-        sys.stderr.write(f"ledger_sync: {error}\n")
+        sys.stderr.write(f"ledger_sync: {Redactor().text(str(error))}\n")
         return 2
     return 0
 

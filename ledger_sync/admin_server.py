@@ -16,6 +16,7 @@ from entitlement.v1.ledger_pb2_grpc import LedgerAdminServicer, add_LedgerAdminS
 
 SERVICE: Final = ledger_pb2.DESCRIPTOR.services_by_name["LedgerAdmin"].full_name
 LOOP: Final = "loop/"
+COMPONENT: Final = "component/"
 MAX_MESSAGE_BYTES: Final = 4_194_304
 MAX_METADATA_BYTES: Final = 16_384
 MAX_CALLS: Final = 256  # at once; more are refused with RESOURCE_EXHAUSTED
@@ -28,6 +29,7 @@ class AdminServer:
 
     def __init__(self, servicer: LedgerAdminServicer, listen: tuple[str, ...], *, reflected: bool) -> None:
         self._listen = listen
+        self._told: dict[str, bool] = {}
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             options=[
@@ -60,6 +62,13 @@ class AdminServer:
         for name, well in loops.items():
             await self._health.set(f"{LOOP}{name}", _STATUS[well])
         await self.serving(all(loops.values()))
+
+    async def tell_of(self, components: Mapping[str, bool]) -> None:
+        """Of each store alone, as the service 'component/<name>'."""
+        for name, well in components.items():
+            if self._told.get(name) is not well:
+                self._told[name] = well
+                await self._health.set(f"{COMPONENT}{name}", _STATUS[well])
 
     async def stop(self, grace_s: float) -> None:
         """NOT_SERVING, no new calls, those in flight may finish within the grace. May be called twice."""

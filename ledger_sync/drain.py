@@ -197,6 +197,8 @@ class Lane:
         ):
             if count:
                 self._figures.records.labels(name).inc(count)
+        self._figures.crossings.inc(outcome.crossings)
+        self._figures.expired.inc(outcome.expired)
         self._rejected(outcome.rejected)
         for gap in outcome.gaps:
             self._figures.gaps.inc()
@@ -327,5 +329,7 @@ class Drain:
         with self._lag_beat:
             while True:
                 self._lag_beat()
-                self._figures.lag.set((await self.lag()).records)
+                lag = await self.lag()
+                self._figures.lag.set(lag.records)
+                self._figures.oldest.set(max(0.0, time() - lag.oldest_ms / 1000) if lag.oldest_ms else 0)
                 await asyncio.sleep(LAG_EVERY_S)

@@ -8,22 +8,24 @@ from random import Random
 from time import monotonic
 from typing import Final
 
-import prometheus_client
 import structlog
 
 from entitlement.decision import Limits
+from entitlement.probes import Component, Components, Pulse
 from ledger_sync.admin import LedgerAdmin
 from ledger_sync.admin_server import AdminServer
 from ledger_sync.control import ControlPlane
 from ledger_sync.drain import Drain
+from ledger_sync.exposition import Exposition
 from ledger_sync.hot_store import HotStore
 from ledger_sync.journal_reader import JournalReader
 from ledger_sync.ledger import Ledger, LedgerUnavailable
 from ledger_sync.outbox import Outbox
 from ledger_sync.patrol import Patrol
 from ledger_sync.publisher import open_publisher
-from ledger_sync.settings import Settings, split_address
+from ledger_sync.settings import Settings
 from ledger_sync.settlement import Outcome
+from ledger_sync.soundings import Soundings
 from ledger_sync.telemetry import Figures
 from ledger_sync.webhooks import Webhooks, declare, target_of
 from ledger_sync.worker import Health, Loop, Worker
@@ -58,6 +60,11 @@ class Process:
         self._ledger: Ledger | None = None
         self._admin: AdminServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._pulse = Pulse(monotonic)
+        self._worker: Worker | None = None
+        self._soundings: Soundings | None = None
+        self._exposition = Exposition(settings, lambda: {"loop": self._pulse.component}, self.components)
+        self._ending = False
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -68,6 +75,8 @@ class Process:
         an address cannot be bound.
         """
         settings = self._settings
+        self._exposition.start()
+        self._tasks.append(asyncio.create_task(self._beat()))
         self._ledger = ledger = await open_ledger(settings)
         await declare(ledger, self._target)
         drain = Drain(
@@ -93,19 +102,19 @@ class Process:
         loops: dict[str, Loop] = {"drain": drain, "outbox": self._outbox, "control": self._control}
         if self._target:
             loops["webhooks"] = Webhooks(ledger, self._target, figures=self._figures, random=self._random)
-        self._worker = Worker(loops, figures=self._figures, random=self._random)
+        self._worker = worker = Worker(loops, figures=self._figures, random=self._random)
         self._admin = AdminServer(LedgerAdmin(self._control), settings.addresses, reflected=settings.reflection)
         await self._admin.start()
-        if settings.metrics:
-            host, port = split_address("metrics", settings.metrics)
-            prometheus_client.start_http_server(port, host.strip("[]"))
-        self._tasks = [asyncio.create_task(self._worker.run()), asyncio.create_task(self._watch_health(self._admin))]
+        self._soundings = Soundings(ledger, self._hot, self._figures)
+        work = (worker.run(), self._watch_health(self._admin, worker), self._soundings.run())
+        self._tasks += [asyncio.create_task(each) for each in work]
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD)
 
     async def stop(self) -> None:
         """Calls in flight and batches in hand are finished, within bounds. May be called twice, and before a start."""
+        self._ending = True
         if self._admin:
             await self._admin.stop(self._settings.stop_ms / 1000)
         for task in self._tasks:
@@ -116,6 +125,19 @@ class Process:
         await self._hot.close()
         if self._ledger:
             await self._ledger.close()
+        self._exposition.stop()
+
+    def components(self) -> Components:
+        """What has to be well for the ledger to be kept up to date and asked."""
+        if self._ending or self._worker is None or self._soundings is None:
+            return {"serving": Component(False, "it is being stopped" if self._ending else "it is starting")}
+        loops = {f"loop/{name}": Component(one.well, _why(one)) for name, one in self._worker.health.items()}
+        return {"serving": Component(True), **self._soundings.components, **loops}
+
+    async def _beat(self) -> None:
+        while True:
+            self._pulse.beat()
+            await asyncio.sleep(HEALTH_EVERY_S)
 
     def _committed(self, outcome: Outcome) -> None:
         if outcome.events:
@@ -123,14 +145,16 @@ class Process:
         if outcome.changes:
             self._control.pusher.wake()
 
-    async def _watch_health(self, admin: AdminServer) -> None:
-        """SERVING while every loop runs and goes round."""
+    async def _watch_health(self, admin: AdminServer, worker: Worker) -> None:
+        """SERVING while every loop runs and goes round; of the stores it is told beside that."""
         told: dict[str, bool] = {}
         while True:
-            now = {name: health.well for name, health in self._worker.health.items()}
+            if self._soundings:
+                await admin.tell_of({name: part.ok for name, part in self._soundings.components.items()})
+            now = {name: health.well for name, health in worker.health.items()}
             if now != told:
                 await admin.tell(now)
-                down = {name: _why(self._worker.health[name]) for name, well in now.items() if not well}
+                down = {name: _why(worker.health[name]) for name, well in now.items() if not well}
                 if told:
                     log.warning("health", serving=not down, down=down)
                 told = now
@@ -154,4 +178,6 @@ async def open_ledger(settings: Settings) -> Ledger:
 
 
 def _why(health: Health) -> str:
+    if health.well:
+        return ""
     return f"{', '.join(health.hung)} hangs" if health.hung else health.error

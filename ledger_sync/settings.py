@@ -14,6 +14,7 @@ import msgspec
 from entitlement.errors import InvalidArgument
 from entitlement.identity import check_id
 from entitlement.quantity import parse_integer, within
+from entitlement.redaction import Redactor, of_url
 from ledger_sync.announcements import TYPES
 
 PREFIX: Final = "ENTITLEMENT_SYNC_"
@@ -51,7 +52,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lanes: int = 2  # 1..16 batches at once, at most, each of partitions of its own
     linger_ms: int = 20  # 0..1000: how long a small batch gathers
     connections: int = 8  # 4..100 to the database
-    metrics: str = ""  # host:port of the figures for Prometheus; empty: none
+    metrics: str = ""  # host:port of figures for Prometheus, /livez and /readyz; empty: none
     patrol_s: int = 60  # 0..86400: how long a round over all accounts takes at least, hot against ledger; 0: none
     start_ms: int = 60_000  # 0..600000: how long the database may take to come
     stop_ms: int = 5_000  # 0..600000: how long calls in flight may finish after SIGTERM
@@ -70,6 +71,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             for value in [getattr(self, name)]
         ]
         return f"Settings({', '.join(shown)})"
+
+    @property
+    def redactor(self) -> Redactor:
+        """Takes what is secret here out of any text."""
+        urls = (self.redis_url, self.database_url, self.publisher, self.webhook_url)
+        hook = urlsplit(self.webhook_url).path  # Some who take webhooks know their senders by it.
+        given = (self.webhook_secret, hook, os.environ.get("PGPASSWORD", ""), _content(self.webhook_secret_file))
+        return Redactor([*given, *(secret for url in urls for secret in of_url(url))])
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -173,6 +182,14 @@ def _check_loopback(address: str, host: str, *, insecure: bool) -> None:
             f"{address!r} would serve plaintext beyond this machine; "
             "use a loopback or unix:/ address, or say insecure = true",
         )
+
+
+def _content(file: str) -> str:
+    """Of a file that may not be there: whoever needs it says so."""
+    try:
+        return Path(file).read_text().strip() if file else ""
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _location(url: str) -> str:

@@ -76,6 +76,8 @@ class Outcome(msgspec.Struct):
     changes: int = 0  # to push to the hot store: what it gets back
     rejected: list[Rejected] = []
     gaps: list[Gap] = []
+    crossings: int = 0  # of thresholds, up or down, that are published
+    expired: int = 0  # holds whose time was over
 
 
 class Settlement:
@@ -156,6 +158,7 @@ class Settlement:
             row, amount = follow(row, record)
         else:
             row, amount = row or HoldRow(State.EXPIRED, changed_ms=record.recorded_ms), 0
+        self.outcome.expired += isinstance(record, Ended) and row.state is State.EXPIRED
         self._known.holds[name_of(record)] = row
         self.books.move(position, posted, record, row, amount)
 
@@ -170,8 +173,7 @@ class Settlement:
         if number is not None:
             self._write(position, posted, Booking("consume", posted.key, entries), number)
         self.books.publish(posted.key, record, RATED, body)
-        for event_id, kind, event in crossed:
-            self.books.publish(event_id, record, kind, event)
+        self._publish(crossed, record)
         self._known.events[record.tenant, posted.key] = Earlier(
             record.customer, record.epoch, record.sequence, posted.fingerprint
         )
@@ -185,8 +187,7 @@ class Settlement:
         else:
             self._reject(posted, Reason.KEY_MISMATCH, f"{posted.key!r} was charged before with another payload")
         self._compensate(record, compensation(record, position.period_start, posted.subject))
-        for event_id, kind, event in crossed:
-            self.books.publish(event_id, record, kind, event)
+        self._publish(crossed, record)
 
     def _changed(self, position: Position, posted: Posted, record: Rolled | Adjusted, ahead: bool) -> None:
         if record.epoch < position.epoch:  # The install that came after it started from the ledger, without it.
@@ -203,11 +204,15 @@ class Settlement:
                 version = record.version if isinstance(record, Adjusted) else 0
                 self._write(position, posted, booking, self.books.next_id(), version)
                 self._known.transactions.add(name)
-        for event_id, kind, event in crossed:
-            self.books.publish(event_id, record, kind, event)
+        self._publish(crossed, record)
         if not ahead:
             self.outcome.repeated += 1
             self._late(position, record)
+
+    def _publish(self, crossed: Sequence[tuple[str, str, bytes]], record: Record) -> None:
+        for event_id, kind, event in crossed:
+            self.books.publish(event_id, record, kind, event)
+        self.outcome.crossings += len(crossed)
 
     def _write(self, position: Position, posted: Posted, booking: Booking, number: int, version: int = 0) -> None:
         if self._known.expired:

@@ -1,4 +1,6 @@
-"""What can be seen from outside: JSON logs on stderr and figures for Prometheus. No figure is labelled by tenant."""
+"""What can be seen from outside: JSON logs on stderr, without secrets, and figures for Prometheus. No figure is
+labelled by tenant, customer or key.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,14 @@ from typing import Final
 import structlog
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from entitlement.redaction import Redactor
+
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 
 
-def configure_logs(level: str) -> None:
+def configure_logs(level: str, redactor: Redactor | None = None) -> None:
     """Everything that is logged, by us or by a library, is one JSON object a line on stderr, from `level` on."""
+    redact = redactor or Redactor()
     number = logging.getLevelNamesMapping()[level.upper()]
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -21,12 +26,13 @@ def configure_logs(level: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
     ]
-    rendered = structlog.processors.JSONRenderer()
+    last: list[structlog.typing.Processor] = [redact, structlog.processors.JSONRenderer(default=repr)]
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processor=rendered))
+    foreign = structlog.stdlib.ProcessorFormatter
+    handler.setFormatter(foreign(foreign_pre_chain=shared, processors=[foreign.remove_processors_meta, *last]))
     logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler], force=True)
     structlog.configure(
-        processors=[*shared, rendered],
+        processors=[*shared, *last],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
@@ -70,6 +76,24 @@ class Figures:
             "entitlement_sync_drifted_customers", "Customers whose account drifts, as seen last.", registry=registry
         )
         self.lag = Gauge("entitlement_sync_journal_lag", "Journal records that are not settled.", registry=registry)
+        self.oldest = Gauge(
+            "entitlement_sync_journal_oldest_seconds",
+            "Age of the oldest record that is not settled.",
+            registry=registry,
+        )
+        self.outbox_age = Gauge(
+            "entitlement_sync_outbox_oldest_seconds",
+            "Age of the oldest event that is not published.",
+            registry=registry,
+        )
+        self.quarantined = Gauge(
+            "entitlement_sync_quarantine_open", "Journal records in quarantine that wait for people.", registry=registry
+        )
+        self.crossings = counter("threshold_crossings", "Crossings of thresholds, up or down, that were settled.")
+        self.expired = counter("holds_expired", "Holds whose time was over before they were settled.")
+        self.ready = Gauge(
+            "entitlement_sync_ready", "1: the component answers this process.", ("component",), registry=registry
+        )
         self.webhooks_pending = Gauge(
             "entitlement_sync_webhooks_pending", "Webhook deliveries that wait.", registry=registry
         )

@@ -27,6 +27,7 @@ class Segment(msgspec.Struct):
     opening: int
     size: int
     end: int = HEADER_BYTES
+    records: int = 0  # written by this process
     fd: int = -1  # open for writing
     failed: bool = False  # a write or a sync of it has: it is not written again, whatever comes
 

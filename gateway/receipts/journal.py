@@ -55,12 +55,21 @@ class _Sealed(msgspec.Struct):
     marks: Mapping[int, StreamId] | None = None
 
 
+class Written(msgspec.Struct, frozen=True):
+    """What has been made durable since the writer was started."""
+
+    receipts: int = 0
+    size: int = 0
+    syncs: int = 0
+    sync_s: float = 0.0
+
+
 class Receipts:
     """The receipts of one gateway. `begin` before anything is drafted; `stop` may be called twice."""
 
     def __init__(self, base: Path, *, max_bytes: int = 1 << 30, clock: Callable[[], float] = time.monotonic) -> None:
         self._base = base
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._clock = clock
         self._offset_s = time.time() - clock()
         self._prices: dict[int, tuple[Charge, bytes]] = {}
@@ -186,8 +195,8 @@ class Receipts:
             self.problem = "receipts: their writer has ended; nothing is granted until the gateway is started again"
         elif self._broken:
             self.problem = f"receipts: {self._broken}; nothing is granted until the disk takes them again"
-        elif (size := self.size) > self._max_bytes:
-            self.problem = f"receipts: {size} bytes wait for the ledger, the limit is {self._max_bytes}"
+        elif (size := self.size) > self.max_bytes:
+            self.problem = f"receipts: {size} bytes wait for the ledger, the limit is {self.max_bytes}"
         else:
             self.problem = ""
 
@@ -196,6 +205,17 @@ class Receipts:
         """Bytes on disk that are not known to be settled."""
         current = self._writer.current_bytes if self._writer else 0
         return current + sum(sealed.segment.end for sealed in self._sealed)
+
+    @property
+    def pending(self) -> int:
+        """Receipts of this process, at most, that are not known to be settled."""
+        current = self._writer.current_records if self._writer else 0
+        return current + sum(sealed.segment.records for sealed in self._sealed)
+
+    @property
+    def written(self) -> Written:
+        writer = self._writer
+        return Written(writer.written, writer.written_bytes, writer.syncs, writer.sync_s) if writer else Written()
 
     # The hot store's openings
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
+from time import perf_counter
 from typing import Any, Final
 
 import msgspec
@@ -48,6 +49,9 @@ class Writer:
         self._lock = threading.Lock()
         self._sealed: list[Segment] = []
         self.written_bytes = 0  # since the start
+        self.written = 0  # receipts
+        self.syncs = 0
+        self.sync_s = 0.0
 
     def start(self) -> None:
         self._thread.start()
@@ -76,6 +80,11 @@ class Writer:
         """What the segment in hand holds."""
         segment = self._segment
         return segment.end - HEADER_BYTES if segment else 0
+
+    @property
+    def current_records(self) -> int:
+        segment = self._segment
+        return segment.records if segment else 0
 
     def _run(self) -> None:
         while True:
@@ -124,7 +133,12 @@ class Writer:
         while data:
             written = os.pwrite(segment.fd, data, at)
             data, at = data[written:], at + written
+        began = perf_counter()
         sync(segment.fd)
+        self.sync_s += perf_counter() - began
+        self.syncs += 1
+        self.written += len(bodies)
+        segment.records += len(bodies)
         self.written_bytes += at - segment.end
         segment.end = at
 

@@ -99,6 +99,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.WriteTransport | None = None
         self._heard = 0.0  # when the server last said something, or was first asked after a rest
         self._blocked = False
+        self.round_trips = 0
 
     def call(self, command: bytes, draft: bytes = b"") -> asyncio.Future[Reply]:
         """Sends a packed command with its neighbours of this loop turn; the future is its answer. With the draft of a
@@ -147,6 +148,7 @@ class Connection(asyncio.Protocol):
         if not self._waiting:
             self._heard = self._loop.time()
         slots, commands = self._turn_slots, self._turn
+        self.round_trips += 1
         self._turn_slots, self._turn = [], []
         self._waiting.extend(slots)
         self._deadlines.append((self._loop.time() + self._timeout, slots))

@@ -27,6 +27,7 @@ from gateway.store.connection import Argument, Connection, Endpoint, Reply, Stor
 from gateway.store.packing import Packer
 from gateway.store.protocol import Sight
 from gateway.store.replicated import Replicated
+from gateway.tally import Times
 
 BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.01, 1.0
 START_S = 1.0  # how long a start waits for the fence to be crossed
@@ -68,10 +69,32 @@ class RedisStore:
         self._making_copies = asyncio.Lock()
         self._up = asyncio.Event()
         self.comings = 0  # times that decisions became possible
+        self._reached: Connection | None = None  # it answers, whether or not decisions may be taken over it
+        self._admitted: Connection | None = None  # the last over which decisions were taken
+        self.probe = Times()  # round trips of a look at the opening
 
     @property
     def connected(self) -> bool:
         return self._up.is_set()
+
+    @property
+    def reached(self) -> bool:
+        return self._reached is not None and not self._reached.lost.done()
+
+    @property
+    def why(self) -> str:
+        """Why no decisions are taken on it; empty: they are."""
+        return "" if self._up.is_set() else self._why
+
+    @property
+    def opening(self) -> int:
+        """The number of the opening under which decisions are taken; 0: none are."""
+        return self._number if self._up.is_set() else 0
+
+    @property
+    def round_trips(self) -> int:
+        """Writes of a loop turn's commands, each with its answers."""
+        return self._admitted.round_trips if self._admitted else 0
 
     async def start(self) -> None:
         """Connects and loads the scripts. Raises Unavailable when Redis cannot be reached now. With a fence,
@@ -278,6 +301,7 @@ class RedisStore:
         except asyncio.CancelledError:
             connection.close()
             raise
+        self._reached = connection
         return connection
 
     async def _admit(self, connection: Connection) -> None:
@@ -294,7 +318,8 @@ class RedisStore:
         if connection.lost.done():
             raise Unavailable("hot store: connection lost")
         self.comings += 1
-        self._connection = connection
+        connection.round_trips += self.round_trips
+        self._connection = self._admitted = connection
         self._doubted.clear()
         self._up.set()
         connection.lost.add_done_callback(lambda _: self._gone(connection))
@@ -367,7 +392,8 @@ class RedisStore:
             return
         while True:
             try:
-                told, server, replication, clock = await connection.call_many([*_WHOSE, pack("TIME")])
+                with self.probe.one():
+                    told, server, replication, clock = await connection.call_many([*_WHOSE, pack("TIME")])
             except Unavailable:  # Busy, or lost: the connection itself says which.
                 await asyncio.sleep(WATCH_S)
                 continue

@@ -25,8 +25,8 @@ class Doors:
     """gRPC and JSON on one port, before one core."""
 
     def __init__(self, settings: Settings) -> None:
-        self.core = Core(settings)
         calls = GrpcApp(settings.max_message_bytes)
+        self.core = Core(settings, lambda: calls.failures)
         self.core.servicers.register(calls)
         self.grpc: Door = calls
         self.json: Door = JsonApp(calls, settings.max_message_bytes)
@@ -57,7 +57,7 @@ async def _live(scope: Event, receive: Receive, send: Send) -> None:
     await receive()
     try:
         settings = load()
-        telemetry.configure(settings.log_level)
+        telemetry.configure(settings.log_level, settings.redactor)
         doors = Doors(settings)
         await doors.core.start()
     except EntitlementError as error:

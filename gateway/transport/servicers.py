@@ -11,6 +11,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from entitlement.probes import Components
 from entitlement.v1 import gateway_pb2
 from gateway.admission import Admission, Loader
 from gateway.denials import Denials
@@ -22,7 +23,9 @@ from gateway.settings import Settings
 from gateway.store.protocol import HotStore
 
 SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["EntitlementGateway"].full_name
+COMPONENT = "component/"
 LOOK_EVERY_S = 0.1
+_STATUS = {True: health_pb2.HealthCheckResponse.SERVING, False: health_pb2.HealthCheckResponse.NOT_SERVING}
 _log = structlog.get_logger(__name__)
 
 
@@ -71,10 +74,15 @@ class Servicers:
             names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
 
-    async def start(self, connected: Callable[[], bool]) -> None:
-        """Health is SERVING while `connected` says that calls can be decided."""
-        await self._say(serving=connected())
-        self._watch = asyncio.create_task(self._follow(connected))
+    @property
+    def streams(self) -> int:
+        """Meter streams that are open."""
+        return self._holds.streams
+
+    async def start(self, components: Callable[[], Components]) -> None:
+        """Health is SERVING while every component is well; of each alone it tells as 'component/<name>'."""
+        await self._say(_well(components()))
+        self._watch = asyncio.create_task(self._follow(components))
 
     async def stop(self) -> None:
         """NOT_SERVING for good. May be called twice."""
@@ -87,17 +95,23 @@ class Servicers:
         """Once no call comes any more: streams that broke off are settled when this returns, or could not be."""
         await self._holds.stop()
 
-    async def _say(self, *, serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", SERVICE):
-            await self._health.set(name, status)
+    async def _say(self, well: Mapping[str, bool]) -> None:
+        serving = all(well.values())
+        for name, good in {"": serving, SERVICE: serving, **{COMPONENT + name: well[name] for name in well}}.items():
+            await self._health.set(name, _STATUS[good])
 
-    async def _follow(self, connected: Callable[[], bool]) -> None:
-        serving = connected()
-        await self._say(serving=serving)
+    async def _follow(self, components: Callable[[], Components]) -> None:
+        told: dict[str, bool] = {}
         while True:
-            if serving != connected():
-                serving = not serving
-                await self._say(serving=serving)
-                _log.warning("health", serving=serving)
+            now = components()
+            if (well := _well(now)) != told:
+                await self._say(well)
+                if told:
+                    down = {name: part.detail for name, part in now.items() if not part.ok}
+                    _log.warning("health", serving=not down, down=down)
+                told = well
             await asyncio.sleep(LOOK_EVERY_S)
+
+
+def _well(components: Components) -> dict[str, bool]:
+    return {name: component.ok for name, component in components.items()}

@@ -209,3 +209,11 @@ def test_an_endpoint_is_read_from_its_url(url: str, endpoint: Endpoint) -> None:
 def test_what_is_no_endpoint_is_refused_with_what_is_expected(url: str) -> None:
     with pytest.raises(InvalidArgument, match=r"^redis_url: expected redis://"):
         Endpoint.parse(url)
+
+
+@pytest.mark.parametrize(
+    "address", ["9090", "127.0.0.1", "127.0.0.1:x", ":9090", "127.0.0.1:65536", "unix:/run/m.sock"]
+)
+def test_figures_need_a_host_and_a_port(address: str) -> None:
+    assert refusal(metrics=address) == f"metrics: {address!r} is not host:port (port 0..65535)"
+    assert settings(metrics="0.0.0.0:9090").metrics == "0.0.0.0:9090"  # No secret is there: any address will do.
