@@ -1828,3 +1828,148 @@ class Drift(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Drift: _TypeAlias = Drift  # noqa: Y015
+
+@_typing.final
+class ExamineRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExamineRequest: _TypeAlias = ExamineRequest  # noqa: Y015
+
+@_typing.final
+class Examination(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    PARTITIONS_FIELD_NUMBER: _builtins.int
+    HOT_STORE_FIELD_NUMBER: _builtins.int
+    JOURNAL_LAG_FIELD_NUMBER: _builtins.int
+    OLDEST_UNSETTLED_FIELD_NUMBER: _builtins.int
+    CUSTOMERS_FIELD_NUMBER: _builtins.int
+    DRIFTED_FIELD_NUMBER: _builtins.int
+    DRIFT_NANOS_FIELD_NUMBER: _builtins.int
+    PATROLLED_AT_FIELD_NUMBER: _builtins.int
+    QUARANTINED_FIELD_NUMBER: _builtins.int
+    OUTBOX_PENDING_FIELD_NUMBER: _builtins.int
+    OLDEST_UNPUBLISHED_FIELD_NUMBER: _builtins.int
+    HOLDS_OPEN_FIELD_NUMBER: _builtins.int
+    WEBHOOKS_GIVEN_UP_FIELD_NUMBER: _builtins.int
+    INVOICES_DUE_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    """of ledger_sync"""
+    tenant: _builtins.str
+    partitions: _builtins.int
+    hot_store: _builtins.str
+    """the run_id of the Redis that it is connected to"""
+    journal_lag: _builtins.int
+    """records that are not settled"""
+    customers: _builtins.int
+    drifted: _builtins.int
+    """customers, as the patrol saw them last"""
+    drift_nanos: _builtins.int
+    quarantined: _builtins.int
+    outbox_pending: _builtins.int
+    holds_open: _builtins.int
+    webhooks_given_up: _builtins.int
+    invoices_due: _builtins.int
+    """periods that have ended and have no invoice yet"""
+    @_builtins.property
+    def checks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Check]:
+        """of PostgreSQL, the hot store and ledger_sync's own loops"""
+
+    @_builtins.property
+    def oldest_unsettled(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def patrolled_at(self) -> _timestamp_pb2.Timestamp:
+        """when the patrol here has last been round; unset: not yet, or not here"""
+
+    @_builtins.property
+    def oldest_unpublished(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        checks: _abc.Iterable[Global___Check] | None = ...,
+        version: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        partitions: _builtins.int = ...,
+        hot_store: _builtins.str = ...,
+        journal_lag: _builtins.int = ...,
+        oldest_unsettled: _timestamp_pb2.Timestamp | None = ...,
+        customers: _builtins.int = ...,
+        drifted: _builtins.int = ...,
+        drift_nanos: _builtins.int = ...,
+        patrolled_at: _timestamp_pb2.Timestamp | None = ...,
+        quarantined: _builtins.int = ...,
+        outbox_pending: _builtins.int = ...,
+        oldest_unpublished: _timestamp_pb2.Timestamp | None = ...,
+        holds_open: _builtins.int = ...,
+        webhooks_given_up: _builtins.int = ...,
+        invoices_due: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_unpublished", b"oldest_unpublished", "oldest_unsettled", b"oldest_unsettled", "patrolled_at", b"patrolled_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checks", b"checks", "customers", b"customers", "drift_nanos", b"drift_nanos", "drifted", b"drifted", "holds_open", b"holds_open", "hot_store", b"hot_store", "invoices_due", b"invoices_due", "journal_lag", b"journal_lag", "oldest_unpublished", b"oldest_unpublished", "oldest_unsettled", b"oldest_unsettled", "outbox_pending", b"outbox_pending", "partitions", b"partitions", "patrolled_at", b"patrolled_at", "quarantined", b"quarantined", "tenant", b"tenant", "version", b"version", "webhooks_given_up", b"webhooks_given_up"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Examination: _TypeAlias = Examination  # noqa: Y015
+
+@_typing.final
+class Check(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Outcome:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Check._Outcome.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        OUTCOME_UNSPECIFIED: Check._Outcome.ValueType  # 0
+        OK: Check._Outcome.ValueType  # 1
+        WARN: Check._Outcome.ValueType  # 2
+        FAIL: Check._Outcome.ValueType  # 3
+
+    class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper): ...
+    OUTCOME_UNSPECIFIED: Check.Outcome.ValueType  # 0
+    OK: Check.Outcome.ValueType  # 1
+    WARN: Check.Outcome.ValueType  # 2
+    FAIL: Check.Outcome.ValueType  # 3
+
+    COMPONENT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    FOUND_FIELD_NUMBER: _builtins.int
+    FIX_FIELD_NUMBER: _builtins.int
+    component: _builtins.str
+    name: _builtins.str
+    outcome: Global___Check.Outcome.ValueType
+    found: _builtins.str
+    """never a secret"""
+    fix: _builtins.str
+    """what to do"""
+    def __init__(
+        self,
+        *,
+        component: _builtins.str = ...,
+        name: _builtins.str = ...,
+        outcome: Global___Check.Outcome.ValueType = ...,
+        found: _builtins.str = ...,
+        fix: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["component", b"component", "fix", b"fix", "found", b"found", "name", b"name", "outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Check: _TypeAlias = Check  # noqa: Y015
