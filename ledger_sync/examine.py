@@ -109,7 +109,8 @@ class Examiner:
 def money(found: pb.Examination) -> Iterable[Check]:
     """Whether everything that was decided is booked, the same on both sides, and told."""
     late = "see the loop 'drain' above and ledger_sync's log; entitlement doctor looks at PostgreSQL"
-    yield _waits("journal lag", found.journal_lag, "records", found.oldest_unsettled, late)
+    if found.hot_store:
+        yield _waits("journal lag", found.journal_lag, "records", found.oldest_unsettled, late)
     late = "the publisher does not take events: see ENTITLEMENT_SYNC_PUBLISHER and ledger_sync's log"
     yield _waits("outbox", found.outbox_pending, "events", found.oldest_unpublished, late)
     yield _drift(found)
