@@ -5,7 +5,7 @@ process that is away: that is a finding.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, Literal
 
 import click
 import grpc
@@ -21,6 +21,18 @@ GATEWAY: Final = "gateway"
 SYNC: Final = "ledger_sync"
 HEALTH_S: Final = 3.0
 EXIT_UNWELL: Final = 1
+
+Figure = Literal[
+    "customers",
+    "journal_lag",
+    "drifted",
+    "drift_nanos",
+    "quarantined",
+    "outbox_pending",
+    "holds_open",
+    "webhooks_given_up",
+    "invoices_due",
+]
 
 _COLOUR: Final = {Outcome.OK: "green", Outcome.WARN: "yellow", Outcome.FAIL: "red"}
 
@@ -51,6 +63,11 @@ def sync(address: str, timeout_s: float = calls.DEADLINE_S) -> tuple[list[Check]
         return [fail(SYNC, "reachable", calls.describe(error, address, "admin"), fix)], None
     told = f"at {address}, version {found.version or 'not told'}"
     return [ok(SYNC, "reachable", told), *map(_check, found.checks)], found
+
+
+def known(figures: Examination | None, name: Figure) -> int | None:
+    """None: the store that has it is away."""
+    return int(getattr(figures, name)) if figures is not None and figures.HasField(name) else None
 
 
 def _check(found: ledger_pb2.Check) -> Check:

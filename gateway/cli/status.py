@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import Final, get_args
 
 import click
 
@@ -12,13 +12,11 @@ from entitlement.examination import Check, Outcome, fail, ok, worst
 from entitlement.v1.ledger_pb2 import Examination
 from gateway.cli import calls, probes, show
 from gateway.cli.options import admin_option, gateway_option
+from gateway.cli.probes import Figure, known
 from gateway.cli.verification import WAIT_S, is_clean, summary, verify
 
 MONEY: Final = "money"
-_FIGURES: Final = (
-    *("customers", "journal_lag", "drifted", "drift_nanos", "quarantined", "outbox_pending", "holds_open"),
-    *("webhooks_given_up", "invoices_due"),
-)
+_FIGURES: Final[tuple[Figure, ...]] = get_args(Figure)
 
 
 @click.command("status")
@@ -53,7 +51,7 @@ def _proof(admin: str) -> Check:
 
 
 def _object(healthy: bool, checks: Sequence[Check], figures: Examination | None) -> dict[str, object]:
-    found = {name: getattr(figures, name) for name in _FIGURES} if figures is not None else None
+    found = {name: known(figures, name) for name in _FIGURES}
     version = figures.version if figures is not None else None
     return {"healthy": healthy, "version": version, "figures": found, "checks": probes.as_json(checks)}
 
@@ -64,13 +62,18 @@ def _show(healthy: bool, checks: Sequence[Check], figures: Examination | None) -
         show.line()
         show.facts(
             [
-                ("customers", f"{figures.customers:,}"),
-                ("holds", f"{figures.holds_open:,} open"),
-                ("invoices", f"{figures.invoices_due:,} due and not made yet"),
+                ("customers", _shown(figures, "customers")),
+                ("open holds", _shown(figures, "holds_open")),
+                ("invoices due", _shown(figures, "invoices_due")),
             ]
         )
     broken = ", ".join(f"{check.component} {check.name}" for check in checks if check.outcome is Outcome.FAIL)
     show.line("healthy" if healthy else f"not healthy: {broken}")
+
+
+def _shown(figures: Examination, name: Figure) -> str:
+    value = known(figures, name)
+    return "not known" if value is None else f"{value:,}"
 
 
 def _gathered(checks: Sequence[Check]) -> Iterator[Check]:

@@ -105,9 +105,9 @@ class _Top:
     def _ask(self) -> None:
         beside = self._beside
         _, figures = probes.sync(self._admin, ASK_S)
-        beside.lag = figures.journal_lag if figures and figures.hot_store else None
-        beside.quarantined = figures.quarantined if figures else None
-        beside.drift_nanos = figures.drift_nanos if figures and figures.HasField("patrolled_at") else None
+        beside.lag = probes.known(figures, "journal_lag")
+        beside.quarantined = probes.known(figures, "quarantined")
+        beside.drift_nanos = probes.known(figures, "drift_nanos")
         if self._metrics and (now := scrape.fetch(self._metrics)):
             beside.first = beside.first or now
             beside.metrics = scrape.change(beside.first, now)

@@ -60,7 +60,7 @@ def _writable(base: Path, place: Path, folders: list[Path]) -> Check:
 
 def _count(folders: list[Path]) -> str:
     waiting = sum(1 for folder in folders[1:] for _ in folder.glob("*.receipts"))
-    return f"{len(folders) - 1} gateways, {waiting} files"
+    return f"gateways {len(folders) - 1}, files {waiting}"
 
 
 def _space(place: Path, max_mib: int) -> Check:

@@ -20,7 +20,17 @@ from redis import Redis
 from entitlement import keys
 from gateway.cli import main
 from gateway.cli.stack import DevStack
-from tests.stacks import DEADLINE_S, TENANT, Site, consume_request, environment, price_of, put_catalogue, site
+from tests.stacks import (
+    DEADLINE_S,
+    LOOK_AGAIN_S,
+    TENANT,
+    Site,
+    consume_request,
+    environment,
+    price_of,
+    put_catalogue,
+    site,
+)
 
 Command = Callable[..., Result]
 
@@ -229,7 +239,7 @@ async def test_decisions_are_followed_as_they_happen(stack: DevStack, at: Site) 
         return await asyncio.create_subprocess_exec(*argv, stdout=subprocess.PIPE, env=os.environ | settings(stack))
 
     customer = await at.customer(price_of(10**6))
-    tail, top = await start("tail", "--customer", customer), await start("top", "--once", "--json", "--window", "2")
+    tail, top = await start("tail", "--customer", customer), await start("top", "--once", "--json", "--window", "1")
     try:
         assert tail.stdout and top.stdout
         async with asyncio.timeout(DEADLINE_S):
@@ -239,6 +249,7 @@ async def test_decisions_are_followed_as_they_happen(stack: DevStack, at: Site) 
                 request = consume_request(customer)
                 keys_.add(request.idempotency_key)
                 await at.ask(request)
+                await asyncio.wait({line, report}, timeout=LOOK_AGAIN_S)  # The commands need the machine, too.
             words = (await line).decode().split()
             tail.send_signal(signal.SIGINT)
             assert await tail.wait() == 0 and await top.wait() == 0
