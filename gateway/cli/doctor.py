@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
@@ -74,18 +74,22 @@ def _examine(gateway: str, admin: str, redis: str, folder: Path | None) -> Itera
 
 
 def _settings(redis: str) -> tuple[gateway_settings.Settings, Check]:
-    """The gateway's, as it would read them here; where they are wrong, its defaults."""
+    """The gateway's, as it would read them here; where they are wrong, as much of them as is looked at."""
     environment = dict(os.environ) | ({f"{gateway_settings.PREFIX}REDIS_URL": redis} if redis else {})
     named = sorted(name for name in environment if name.startswith(gateway_settings.PREFIX))
     try:
         found = gateway_settings.load(environment)
     except InvalidArgument as error:
-        return _defaults(redis), fail(SETTINGS, "gateway", str(error), f"correct it; {_MANUAL}")
+        return _looked_at(environment), fail(SETTINGS, "gateway", str(error), f"correct it; {_MANUAL}")
     return found, ok(SETTINGS, "gateway", f"sound, {len(named)} set here" if named else "none set here: the defaults")
 
 
-def _defaults(redis: str) -> gateway_settings.Settings:
-    return gateway_settings.Settings(redis_url=redis) if redis else gateway_settings.Settings()
+def _looked_at(environment: Mapping[str, str]) -> gateway_settings.Settings:
+    names = {f"{gateway_settings.PREFIX}{name}" for name in ("REDIS_URL", "RECEIPTS_DIR", "TENANT", "PARTITIONS")}
+    try:
+        return gateway_settings.load({name: value for name, value in environment.items() if name in names})
+    except InvalidArgument:
+        return gateway_settings.Settings()
 
 
 def _receipts(given: gateway_settings.Settings, folder: Path | None) -> Path:

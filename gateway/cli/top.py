@@ -139,9 +139,17 @@ class _Top:
         lines = [
             Text(f"decisions {sum(verdicts.values()) / self._seconds:,.1f}/s in {self._seconds:,.0f} s   {rates}"),
             Text(f"lag {lag}   drift {drift} nanos   quarantine {kept}   missed {self._missed:,}"),
-            Text(_measured(beside.metrics) if beside.metrics else _NO_DENIALS, style="dim"),
+            Text(self._measured(), style="dim"),
         ]
         return Group(*lines, self._table())
+
+    def _measured(self) -> str:
+        found = self._beside.metrics
+        if found is None:
+            return "the metrics do not answer" if self._metrics else _NO_DENIALS
+        p50, p99 = ("-" if value is None else f"{value:,.1f}" for value in (found.p50_ms, found.p99_ms))
+        denials = "  ".join(f"{reason} {count:,}" for reason, count in sorted(found.denials.items())) or "none"
+        return f"since the start: denied {denials}   latency p50 {p50} ms  p99 {p99} ms"
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)
@@ -157,9 +165,3 @@ class _Top:
 
 def _known(value: int | None) -> str:
     return "?" if value is None else f"{value:,}"
-
-
-def _measured(found: scrape.Change) -> str:
-    p50, p99 = ("-" if value is None else f"{value:,.1f}" for value in (found.p50_ms, found.p99_ms))
-    denials = "  ".join(f"{reason} {count:,}" for reason, count in sorted(found.denials.items())) or "none"
-    return f"since the start: denied {denials}   latency p50 {p50} ms  p99 {p99} ms"

@@ -11,6 +11,7 @@ import pytest
 
 from entitlement import hot_store_health
 from entitlement.examination import Check, Outcome, fail, ok, warn, worst
+from entitlement.journal import FIELD, encode
 from entitlement.opening import Identity, Opening
 from entitlement.records import Close, Crossing, Ended, Held, HeldLine, Rolled
 from entitlement.v1 import ledger_pb2 as pb
@@ -21,9 +22,10 @@ from gateway.cli.window import MAX_CUSTOMERS, OTHERS, Window
 from gateway.receipts import examine as receipts
 from gateway.store import examine as store
 from gateway.store.connection import Endpoint
+from gateway.store.journal_tail import JournalTail
 from ledger_sync import examine, examine_database, migrations
 from ledger_sync.journal_reader import Lag
-from tests.fake_redis import Command, fake_redis
+from tests.fake_redis import Command, bulk, fake_redis
 from tests.journal_records import NOW_MS, consumed
 
 SOUND = {
@@ -284,6 +286,35 @@ class TestTold:
             allowance=0,
         )
         assert not matches(tell(1, rolled), "", "", ()) and matches(tell(1, rolled), "", "", ("ROLLED",))
+
+
+def resp(value: Any) -> bytes:
+    """A reply as the server writes it."""
+    if isinstance(value, list):
+        return b"*%d\r\n" % len(value) + b"".join(map(resp, value))
+    return bulk(value)
+
+
+async def test_the_tail_of_the_journal_counts_what_it_missed_and_what_it_cannot_read() -> None:
+    records = [consumed("k1", 1), consumed("k2", 2), consumed("k5", 5), consumed("k1", 1, customer="bob", epoch=2)]
+    entries = [[b"%d-0" % (1_000 + at), [FIELD, encode(record)]] for at, record in enumerate(records)]
+    entries.append([b"1009-0", [FIELD, b"no record"]])
+    reads: list[Command] = []
+
+    def answer(command: Command) -> bytes:
+        if command[0] == b"XINFO":
+            return b"-ERR no such key\r\n"
+        reads.append(command)
+        return resp([[b"j:{0}", entries]]) if len(reads) == 1 else b"*-1\r\n"
+
+    async with fake_redis(answer) as server:
+        tail = await JournalTail.connect(server.endpoint, 1)
+        await tail.begin()
+        first, second = await tail.next(100), await tail.next(100)
+        tail.close()
+    assert [seen.at_ms for seen in first] == [1_000, 1_001, 1_002, 1_003] and not second
+    assert (tail.missed, tail.corrupt) == (2, 1)
+    assert [command[-1] for command in reads] == [b"0-0", b"1009-0"]
 
 
 class TestWindow:
