@@ -18,6 +18,8 @@ TIMEOUT_MS: Final = 3_000
 SKEW_S: Final = 1.0  # expected of machines that keep their clocks
 TOO_FAR_S: Final = 300.0  # an event_time further ahead than this is refused
 
+ENOUGH: Final = "~a:* ~i:* ~j:* ~l:* ~h:* ~x:* ~ent:* &ent:* +@all -@admin"  # for a gateway's user
+
 # What the scripts and the gateway itself call, as they do. '{k}' is a key of an account.
 _CALLS: Final = (
     *("GET {k}", "SET {k} 1", "DEL {k}", "EXISTS {k}", "PEXPIRE {k} 1"),
@@ -124,8 +126,7 @@ async def _permission(connection: Connection) -> Check:
     if isinstance(denied, list) and denied:
         names = ", ".join(_text(call).replace("a:{0}:examined", "a:{0}:...") for call in denied[:3])
         more = f" and {len(denied) - 3} more" if len(denied) > 3 else ""
-        fix = "ACL SETUSER <user> ~a:* ~i:* ~j:* ~l:* ~h:* ~x:* ~ent:* &ent:* +@all -@admin +info"
-        return fail(COMPONENT, "permission", f"its user may not: {names}{more}", fix)
+        return fail(COMPONENT, "permission", f"its user may not: {names}{more}", f"ACL SETUSER <user> {ENOUGH}")
     return ok(COMPONENT, "permission", f"all {len(calls)} commands that it needs")
 
 

@@ -20,6 +20,7 @@ from redis import Redis
 from entitlement import keys
 from gateway.cli import main
 from gateway.cli.stack import DevStack
+from gateway.store.examine import ENOUGH
 from tests.stacks import (
     DEADLINE_S,
     LOOK_AGAIN_S,
@@ -202,11 +203,14 @@ class TestDoctor:
         try:
             url = stack.redis_url.replace("unix://", f"unix://meek:{secret}@")
             meek = cli("doctor", ENTITLEMENT_GATEWAY_REDIS_URL=url)
+            hot.execute_command("ACL", "SETUSER", "meek", "resetkeys", "resetchannels", "-@all", *ENOUGH.split())
+            helped = cli("doctor", "--json", ENTITLEMENT_GATEWAY_REDIS_URL=url)
             wrong = cli("doctor", "--json", "--redis", url.replace(secret, f"not-{secret}"))
         finally:
             hot.acl_deluser("meek")
         assert meek.exit_code == wrong.exit_code == 1
         assert "its user may not: HSET" in meek.output and "XADD" in meek.output
+        assert outcomes(helped)["hot store", "permission"] == "ok" and helped.exit_code == 0
         assert outcomes(wrong)["hot store", "auth"] == "fail"
         assert secret not in meek.output + wrong.output
 
