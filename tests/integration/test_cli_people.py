@@ -31,6 +31,7 @@ from tests.stacks import (
     price_of,
     put_catalogue,
     site,
+    until,
 )
 
 Command = Callable[..., Result]
@@ -38,8 +39,11 @@ Command = Callable[..., Result]
 
 @pytest.fixture(scope="module")
 def stack(folders: Callable[[], Path]) -> Iterator[DevStack]:
-    """One transport is enough: these commands do not see which it is."""
-    with DevStack(folders() / "data", env=environment("grpcio")) as running:
+    """One transport is enough: these commands do not see which it is. A patrol that looks once leaves what is planted
+    to who planted it.
+    """
+    patrol = {"ENTITLEMENT_SYNC_PATROL_S": "86400"}
+    with DevStack(folders() / "data", env=environment("grpcio", {"sync": patrol})) as running:
         put_catalogue(running)
         yield running
 
@@ -149,6 +153,22 @@ class TestStatus:
         assert found["ledger_sync", "reachable"] == "fail"
         assert found["postgresql", "durability"] == "ok"  # looked at all the same
         assert "entitlement sync" in checked(examined, "ledger_sync", "reachable")["fix"]
+
+    def test_without_postgresql_what_is_not_known_is_not_told_as_0(self, cli: Command, stack: DevStack) -> None:
+        stack.kill("postgres")
+        try:
+            result = cli("status", "--json")
+        finally:
+            stack.restart("postgres")
+        assert result.exit_code == 1
+        figures = json.loads(result.output)["figures"]
+        assert figures["quarantined"] is None and figures["customers"] is None and figures["journal_lag"] is not None
+        assert "ENTITLEMENT_SYNC_DATABASE_URL" in checked(result, "postgresql", "reachable")["fix"]
+        on(stack, lambda at: until(lambda: asyncio.to_thread(cli, "status"), is_done, "it did not become healthy"))
+
+
+def is_done(result: Result) -> bool:
+    return result.exit_code == 0
 
 
 class TestDoctor:
