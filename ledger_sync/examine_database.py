@@ -43,7 +43,9 @@ _APPLIED: Final = "SELECT number, checksum FROM migrations"
 _FORBIDDEN: Final = """
 SELECT c.relname FROM pg_class c
 WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind = 'r'
-      AND NOT (has_table_privilege(c.oid, 'SELECT') AND has_table_privilege(c.oid, 'INSERT'))
+      AND NOT (has_table_privilege(c.oid, 'SELECT') AND has_table_privilege(c.oid, 'INSERT')
+               AND (has_table_privilege(c.oid, 'UPDATE') OR c.relname NOT IN ('accounts', 'grant_balances', 'holds'))
+               AND (has_table_privilege(c.oid, 'DELETE') OR c.relname NOT IN ('outbox', 'hot_deltas')))
 ORDER BY 1 LIMIT 3"""
 
 

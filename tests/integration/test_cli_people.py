@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -233,6 +234,21 @@ class TestDoctor:
         assert outcomes(helped)["hot store", "permission"] == "ok" and helped.exit_code == 0
         assert outcomes(wrong)["hot store", "auth"] == "fail"
         assert secret not in meek.output + wrong.output
+
+    def test_a_role_of_the_database_that_may_too_little(self, cli: Command, stack: DevStack) -> None:
+        """Looked at without ledger_sync, by the settings that it would start with."""
+
+        def examined(*grants: str) -> Result:
+            for statement in grants:
+                on(stack, lambda at, statement=statement: at.rows(statement))
+            url = re.sub(r"//[^@/]*@", "//meek@", stack.database_url)
+            return cli("doctor", "--json", ENTITLEMENT_ADMIN_ADDRESS="127.0.0.1:1", ENTITLEMENT_SYNC_DATABASE_URL=url)
+
+        refused = examined("CREATE ROLE meek LOGIN", "GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA public TO meek")
+        helped = examined("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO meek")
+        found = checked(refused, "postgresql", "permission")
+        assert found["outcome"] == "fail" and "meek may not write accounts, grant_balances, holds" in found["found"]
+        assert outcomes(helped)["postgresql", "permission"] == "warn"  # It may not migrate.
 
 
 class TestTail:
