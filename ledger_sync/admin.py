@@ -216,6 +216,12 @@ class LedgerAdmin(LedgerAdminServicer):
     async def VoidInvoice(self, request: pb.VoidInvoiceRequest, actor: str) -> pb.Invoice:
         return await self._control.invoices.void(request, actor)
 
+    @_answered
+    async def Examine(self, request: pb.ExamineRequest, actor: str) -> pb.Examination:
+        if self._control.examiner is None:
+            raise FailedPrecondition("examine", "nothing runs here that could be examined")
+        return await self._control.examiner.examine()
+
 
 def _report_message(report: Report) -> pb.VerifyReport:
     totals = report.totals

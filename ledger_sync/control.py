@@ -18,6 +18,7 @@ from ledger_sync.catalogs import CatalogStore
 from ledger_sync.contract_store import ContractStore
 from ledger_sync.customers import CustomerStore
 from ledger_sync.dead_letters import DeadLetterStore
+from ledger_sync.examine import Examiner
 from ledger_sync.expiry import Expiry
 from ledger_sync.gate_denials import GateDenials
 from ledger_sync.grants import GrantStore
@@ -76,6 +77,7 @@ class ControlPlane:
         self.quarantine = Redriver(ledger, hot, tenant)
         self.reconciler = Reconciler(ledger, hot, self.pusher, tenant)
         self.patrol: Patrol | None = None  # whoever runs it sets it before
+        self.examiner: Examiner | None = None  # as well
         self.sweeper = Sweeper(ledger, self._chores())
         self._beat = Beat()
 

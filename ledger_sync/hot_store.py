@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Final, Self
 
 import msgspec
@@ -18,7 +18,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
-from entitlement import keys, lua
+from entitlement import hot_store_health, keys, lua
 from entitlement.account import FROZEN, MISSING, Account, place_in
 from entitlement.catalog import Catalogs, Policy
 from entitlement.decision import Charge, Consume, Limits, consume_arguments, consume_keys
@@ -47,6 +47,14 @@ class Call(msgspec.Struct, frozen=True):
 
     keys: Sequence[str | bytes]
     arguments: Sequence[Value]
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """What a server says of itself: INFO and CONFIG GET by name (as far as it may be read), and the key ent:open."""
+
+    info: Mapping[str, str]
+    config: Mapping[str, str]
+    opening: bytes | None
 
 
 class HotStore:
@@ -96,6 +104,18 @@ class HotStore:
         async with _translated():
             found = await self._client.get(keys.OPEN)
         return Opening.parse(_bytes(found)) if found is not None else None
+
+    async def facts(self) -> Facts:
+        info: dict[str, str] = {}
+        config: dict[str, str] = {}
+        async with _translated():
+            for section in hot_store_health.SECTIONS:
+                info |= {name: str(value) for name, value in (await self._client.info(section)).items()}
+            for name in hot_store_health.CONFIG:
+                with suppress(ResponseError):  # Not permitted, or hidden by who runs it.
+                    config |= {str(key): str(value) for key, value in (await self._client.config_get(name)).items()}
+            opening = await self._client.get(keys.OPEN)
+        return Facts(info, config, None if opening is None else _bytes(opening))
 
     async def open(self, opening: Opening) -> bool:
         """Lets gateways decide on this hot store, if it is the one that is named. False: it was opened under a later

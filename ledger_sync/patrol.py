@@ -7,7 +7,7 @@ seen, under the account's lock.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from time import monotonic
+from time import monotonic, time
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -46,6 +46,7 @@ class Patrol:
         self._round_s = round_s
         self.beat = Beat(DEADLINE_S)
         self._drifting: dict[str, list[Drift]] = {}  # by customer, as seen last
+        self.rounded_s = 0.0  # when everybody had last been looked at here, in seconds since 1970; 0: not yet
 
     async def run(self) -> None:
         """Until it is cancelled. A store that is away is waited for."""
@@ -55,7 +56,17 @@ class Patrol:
                     await self._try_round()
         finally:  # Whoever has the lease next tells of what drifts.
             self._drifting.clear()
+            self.rounded_s = 0.0
             self._export()
+
+    @property
+    def drifted(self) -> int:
+        """Customers, as seen last."""
+        return len(self._drifting)
+
+    @property
+    def drift_nanos(self) -> int:
+        return sum(_nanos(drift) for found in self._drifting.values() for drift in found)
 
     async def _try_round(self) -> None:
         try:
@@ -77,6 +88,7 @@ class Patrol:
             due = began + self._round_s * min(number / pages, 1)
             await self.beat.sleep(max(due - now, now - started))  # Others have at least half of the time.
             if not names:
+                self.rounded_s = time()
                 break
             after = names[-1]
 
@@ -113,9 +125,8 @@ class Patrol:
             log.warning("healed", customer=customer, parts=[item.difference.part for item in report.drifts])
 
     def _export(self) -> None:
-        everything = [drift for found in self._drifting.values() for drift in found]
-        self._figures.drifted.set(len(self._drifting))
-        self._figures.drift.set(sum(_nanos(drift) for drift in everything))
+        self._figures.drifted.set(self.drifted)
+        self._figures.drift.set(self.drift_nanos)
 
 
 def _nanos(drift: Drift) -> int:

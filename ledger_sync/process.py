@@ -16,6 +16,7 @@ from ledger_sync.admin import LedgerAdmin
 from ledger_sync.admin_server import AdminServer
 from ledger_sync.control import ControlPlane
 from ledger_sync.drain import Drain
+from ledger_sync.examine import Examiner
 from ledger_sync.exposition import Exposition
 from ledger_sync.hot_store import HotStore
 from ledger_sync.journal_reader import JournalReader
@@ -103,6 +104,9 @@ class Process:
         if self._target:
             loops["webhooks"] = Webhooks(ledger, self._target, figures=self._figures, random=self._random)
         self._worker = worker = Worker(loops, figures=self._figures, random=self._random)
+        control.examiner = Examiner(
+            *(ledger, self._hot, settings.tenant), lag=drain.lag, loops=worker.health, patrol=control.patrol
+        )
         self._admin = AdminServer(LedgerAdmin(self._control), settings.addresses, reflected=settings.reflection)
         await self._admin.start()
         self._soundings = Soundings(ledger, self._hot, self._figures)

@@ -1828,3 +1828,185 @@ class Drift(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Drift: _TypeAlias = Drift  # noqa: Y015
+
+@_typing.final
+class ExamineRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExamineRequest: _TypeAlias = ExamineRequest  # noqa: Y015
+
+@_typing.final
+class Examination(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    PARTITIONS_FIELD_NUMBER: _builtins.int
+    HOT_STORE_FIELD_NUMBER: _builtins.int
+    JOURNAL_LAG_FIELD_NUMBER: _builtins.int
+    OLDEST_UNSETTLED_FIELD_NUMBER: _builtins.int
+    CUSTOMERS_FIELD_NUMBER: _builtins.int
+    DRIFTED_FIELD_NUMBER: _builtins.int
+    DRIFT_NANOS_FIELD_NUMBER: _builtins.int
+    PATROLLED_AT_FIELD_NUMBER: _builtins.int
+    QUARANTINED_FIELD_NUMBER: _builtins.int
+    OUTBOX_PENDING_FIELD_NUMBER: _builtins.int
+    OLDEST_UNPUBLISHED_FIELD_NUMBER: _builtins.int
+    HOLDS_OPEN_FIELD_NUMBER: _builtins.int
+    WEBHOOKS_GIVEN_UP_FIELD_NUMBER: _builtins.int
+    INVOICES_DUE_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    """of ledger_sync"""
+    tenant: _builtins.str
+    partitions: _builtins.int
+    hot_store: _builtins.str
+    """the run_id of the Redis that it is connected to"""
+    journal_lag: _builtins.int
+    """What is not known, because the store that has it is away, is not set.
+    records that are not settled
+    """
+    customers: _builtins.int
+    drifted: _builtins.int
+    """customers, as the patrol saw them last"""
+    drift_nanos: _builtins.int
+    quarantined: _builtins.int
+    outbox_pending: _builtins.int
+    holds_open: _builtins.int
+    webhooks_given_up: _builtins.int
+    invoices_due: _builtins.int
+    """periods that have ended and have no invoice yet"""
+    @_builtins.property
+    def checks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Check]:
+        """of PostgreSQL, the hot store and ledger_sync's own loops"""
+
+    @_builtins.property
+    def oldest_unsettled(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def patrolled_at(self) -> _timestamp_pb2.Timestamp:
+        """when the patrol here has last been round; unset: not yet, or not here"""
+
+    @_builtins.property
+    def oldest_unpublished(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        checks: _abc.Iterable[Global___Check] | None = ...,
+        version: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        partitions: _builtins.int = ...,
+        hot_store: _builtins.str = ...,
+        journal_lag: _builtins.int | None = ...,
+        oldest_unsettled: _timestamp_pb2.Timestamp | None = ...,
+        customers: _builtins.int | None = ...,
+        drifted: _builtins.int | None = ...,
+        drift_nanos: _builtins.int | None = ...,
+        patrolled_at: _timestamp_pb2.Timestamp | None = ...,
+        quarantined: _builtins.int | None = ...,
+        outbox_pending: _builtins.int | None = ...,
+        oldest_unpublished: _timestamp_pb2.Timestamp | None = ...,
+        holds_open: _builtins.int | None = ...,
+        webhooks_given_up: _builtins.int | None = ...,
+        invoices_due: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_customers", b"_customers", "_drift_nanos", b"_drift_nanos", "_drifted", b"_drifted", "_holds_open", b"_holds_open", "_invoices_due", b"_invoices_due", "_journal_lag", b"_journal_lag", "_outbox_pending", b"_outbox_pending", "_quarantined", b"_quarantined", "_webhooks_given_up", b"_webhooks_given_up", "customers", b"customers", "drift_nanos", b"drift_nanos", "drifted", b"drifted", "holds_open", b"holds_open", "invoices_due", b"invoices_due", "journal_lag", b"journal_lag", "oldest_unpublished", b"oldest_unpublished", "oldest_unsettled", b"oldest_unsettled", "outbox_pending", b"outbox_pending", "patrolled_at", b"patrolled_at", "quarantined", b"quarantined", "webhooks_given_up", b"webhooks_given_up"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_customers", b"_customers", "_drift_nanos", b"_drift_nanos", "_drifted", b"_drifted", "_holds_open", b"_holds_open", "_invoices_due", b"_invoices_due", "_journal_lag", b"_journal_lag", "_outbox_pending", b"_outbox_pending", "_quarantined", b"_quarantined", "_webhooks_given_up", b"_webhooks_given_up", "checks", b"checks", "customers", b"customers", "drift_nanos", b"drift_nanos", "drifted", b"drifted", "holds_open", b"holds_open", "hot_store", b"hot_store", "invoices_due", b"invoices_due", "journal_lag", b"journal_lag", "oldest_unpublished", b"oldest_unpublished", "oldest_unsettled", b"oldest_unsettled", "outbox_pending", b"outbox_pending", "partitions", b"partitions", "patrolled_at", b"patrolled_at", "quarantined", b"quarantined", "tenant", b"tenant", "version", b"version", "webhooks_given_up", b"webhooks_given_up"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__customers: _TypeAlias = _typing.Literal["customers"]  # noqa: Y015
+    _WhichOneofArgType__customers: _TypeAlias = _typing.Literal["_customers", b"_customers"]  # noqa: Y015
+    _WhichOneofReturnType__drift_nanos: _TypeAlias = _typing.Literal["drift_nanos"]  # noqa: Y015
+    _WhichOneofArgType__drift_nanos: _TypeAlias = _typing.Literal["_drift_nanos", b"_drift_nanos"]  # noqa: Y015
+    _WhichOneofReturnType__drifted: _TypeAlias = _typing.Literal["drifted"]  # noqa: Y015
+    _WhichOneofArgType__drifted: _TypeAlias = _typing.Literal["_drifted", b"_drifted"]  # noqa: Y015
+    _WhichOneofReturnType__holds_open: _TypeAlias = _typing.Literal["holds_open"]  # noqa: Y015
+    _WhichOneofArgType__holds_open: _TypeAlias = _typing.Literal["_holds_open", b"_holds_open"]  # noqa: Y015
+    _WhichOneofReturnType__invoices_due: _TypeAlias = _typing.Literal["invoices_due"]  # noqa: Y015
+    _WhichOneofArgType__invoices_due: _TypeAlias = _typing.Literal["_invoices_due", b"_invoices_due"]  # noqa: Y015
+    _WhichOneofReturnType__journal_lag: _TypeAlias = _typing.Literal["journal_lag"]  # noqa: Y015
+    _WhichOneofArgType__journal_lag: _TypeAlias = _typing.Literal["_journal_lag", b"_journal_lag"]  # noqa: Y015
+    _WhichOneofReturnType__outbox_pending: _TypeAlias = _typing.Literal["outbox_pending"]  # noqa: Y015
+    _WhichOneofArgType__outbox_pending: _TypeAlias = _typing.Literal["_outbox_pending", b"_outbox_pending"]  # noqa: Y015
+    _WhichOneofReturnType__quarantined: _TypeAlias = _typing.Literal["quarantined"]  # noqa: Y015
+    _WhichOneofArgType__quarantined: _TypeAlias = _typing.Literal["_quarantined", b"_quarantined"]  # noqa: Y015
+    _WhichOneofReturnType__webhooks_given_up: _TypeAlias = _typing.Literal["webhooks_given_up"]  # noqa: Y015
+    _WhichOneofArgType__webhooks_given_up: _TypeAlias = _typing.Literal["_webhooks_given_up", b"_webhooks_given_up"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__customers) -> _WhichOneofReturnType__customers | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__drift_nanos) -> _WhichOneofReturnType__drift_nanos | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__drifted) -> _WhichOneofReturnType__drifted | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__holds_open) -> _WhichOneofReturnType__holds_open | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__invoices_due) -> _WhichOneofReturnType__invoices_due | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__journal_lag) -> _WhichOneofReturnType__journal_lag | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__outbox_pending) -> _WhichOneofReturnType__outbox_pending | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quarantined) -> _WhichOneofReturnType__quarantined | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__webhooks_given_up) -> _WhichOneofReturnType__webhooks_given_up | None: ...
+
+Global___Examination: _TypeAlias = Examination  # noqa: Y015
+
+@_typing.final
+class Check(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Outcome:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Check._Outcome.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        OUTCOME_UNSPECIFIED: Check._Outcome.ValueType  # 0
+        OK: Check._Outcome.ValueType  # 1
+        WARN: Check._Outcome.ValueType  # 2
+        FAIL: Check._Outcome.ValueType  # 3
+
+    class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper): ...
+    OUTCOME_UNSPECIFIED: Check.Outcome.ValueType  # 0
+    OK: Check.Outcome.ValueType  # 1
+    WARN: Check.Outcome.ValueType  # 2
+    FAIL: Check.Outcome.ValueType  # 3
+
+    COMPONENT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    FOUND_FIELD_NUMBER: _builtins.int
+    FIX_FIELD_NUMBER: _builtins.int
+    component: _builtins.str
+    name: _builtins.str
+    outcome: Global___Check.Outcome.ValueType
+    found: _builtins.str
+    """never a secret"""
+    fix: _builtins.str
+    """what to do"""
+    def __init__(
+        self,
+        *,
+        component: _builtins.str = ...,
+        name: _builtins.str = ...,
+        outcome: Global___Check.Outcome.ValueType = ...,
+        found: _builtins.str = ...,
+        fix: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["component", b"component", "fix", b"fix", "found", b"found", "name", b"name", "outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Check: _TypeAlias = Check  # noqa: Y015

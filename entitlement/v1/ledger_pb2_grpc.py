@@ -174,6 +174,11 @@ class LedgerAdminStub(object):
                 request_serializer=entitlement_dot_v1_dot_ledger__pb2.VerifyRequest.SerializeToString,
                 response_deserializer=entitlement_dot_v1_dot_ledger__pb2.VerifyReport.FromString,
                 _registered_method=True)
+        self.Examine = channel.unary_unary(
+                '/entitlement.v1.LedgerAdmin/Examine',
+                request_serializer=entitlement_dot_v1_dot_ledger__pb2.ExamineRequest.SerializeToString,
+                response_deserializer=entitlement_dot_v1_dot_ledger__pb2.Examination.FromString,
+                _registered_method=True)
 
 
 class LedgerAdminServicer(object):
@@ -362,6 +367,13 @@ class LedgerAdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Examine(self, request, context):
+        """how ledger_sync and what it rests on are doing; cheap
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LedgerAdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -504,6 +516,11 @@ def add_LedgerAdminServicer_to_server(servicer, server):
                     servicer.Verify,
                     request_deserializer=entitlement_dot_v1_dot_ledger__pb2.VerifyRequest.FromString,
                     response_serializer=entitlement_dot_v1_dot_ledger__pb2.VerifyReport.SerializeToString,
+            ),
+            'Examine': grpc.unary_unary_rpc_method_handler(
+                    servicer.Examine,
+                    request_deserializer=entitlement_dot_v1_dot_ledger__pb2.ExamineRequest.FromString,
+                    response_serializer=entitlement_dot_v1_dot_ledger__pb2.Examination.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1262,6 +1279,33 @@ class LedgerAdmin(object):
             '/entitlement.v1.LedgerAdmin/Verify',
             entitlement_dot_v1_dot_ledger__pb2.VerifyRequest.SerializeToString,
             entitlement_dot_v1_dot_ledger__pb2.VerifyReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Examine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/entitlement.v1.LedgerAdmin/Examine',
+            entitlement_dot_v1_dot_ledger__pb2.ExamineRequest.SerializeToString,
+            entitlement_dot_v1_dot_ledger__pb2.Examination.FromString,
             options,
             channel_credentials,
             insecure,

@@ -76,6 +76,8 @@ class LedgerAdminStub:
     """one charge, down to the event"""
     Verify: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.VerifyRequest, _ledger_pb2.VerifyReport]
     """the conservation proof"""
+    Examine: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ExamineRequest, _ledger_pb2.Examination]
+    """how ledger_sync and what it rests on are doing; cheap"""
 
 @_typing.type_check_only
 class LedgerAdminAsyncStub(LedgerAdminStub):
@@ -123,6 +125,8 @@ class LedgerAdminAsyncStub(LedgerAdminStub):
     """one charge, down to the event"""
     Verify: _aio.UnaryUnaryMultiCallable[_ledger_pb2.VerifyRequest, _ledger_pb2.VerifyReport]  # type: ignore[assignment]
     """the conservation proof"""
+    Examine: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ExamineRequest, _ledger_pb2.Examination]  # type: ignore[assignment]
+    """how ledger_sync and what it rests on are doing; cheap"""
 
 class LedgerAdminServicer:
     def PutFeature(
@@ -307,5 +311,12 @@ class LedgerAdminServicer:
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_pb2.VerifyReport, _abc.Awaitable[_ledger_pb2.VerifyReport]]:
         """the conservation proof"""
+
+    def Examine(
+        self,
+        request: _ledger_pb2.ExamineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.Examination, _abc.Awaitable[_ledger_pb2.Examination]]:
+        """how ledger_sync and what it rests on are doing; cheap"""
 
 def add_LedgerAdminServicer_to_server(servicer: LedgerAdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

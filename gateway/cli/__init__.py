@@ -7,10 +7,14 @@ import click
 from gateway.cli.changes import apply_command, replay_command
 from gateway.cli.corrections import backfill_command, rerate_command
 from gateway.cli.demo import demo_command
+from gateway.cli.doctor import doctor_command
 from gateway.cli.invoice import invoice_command
 from gateway.cli.processes import dev_command, gateway_command, sync_command
 from gateway.cli.quarantine import quarantine_command
 from gateway.cli.questions import balance_command, check_command, explain_command, grants_command, verify_command
+from gateway.cli.status import status_command
+from gateway.cli.tail import tail_command
+from gateway.cli.top import top_command
 from gateway.cli.webhooks import webhooks_command
 
 __all__ = ["main"]
@@ -25,6 +29,7 @@ def main() -> None:
 for _command in (
     *(dev_command, demo_command, gateway_command, sync_command, apply_command, replay_command, invoice_command),
     *(balance_command, grants_command, check_command, explain_command, verify_command, webhooks_command),
-    *(rerate_command, backfill_command, quarantine_command),
+    *(rerate_command, backfill_command, quarantine_command, status_command, doctor_command, tail_command),
+    top_command,
 ):
     main.add_command(_command)

@@ -9,7 +9,9 @@ from typing import TypeVar
 import click
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from entitlement.errors import InvalidArgument
 from gateway.cli.calls import ADMIN, GATEWAY
+from gateway.store.connection import Endpoint
 
 Command = TypeVar("Command", bound=Callable[..., object])
 
@@ -29,6 +31,21 @@ def admin_option(command: Command) -> Command:
     return click.option("--admin", envvar="ENTITLEMENT_ADMIN_ADDRESS", default=ADMIN, show_default=True, help=text)(
         command
     )
+
+
+def redis_option(command: Command) -> Command:
+    text = "The hot store's URL; by default what ENTITLEMENT_GATEWAY_REDIS_URL or the gateway's file says."
+    return click.option("--redis", default="", metavar="URL", help=text, callback=_redis_url)(command)
+
+
+def _redis_url(context: click.Context, option: click.Parameter, text: str) -> str:
+    """Checked, and never shown: it may hold a password."""
+    try:
+        if text:
+            Endpoint.parse(text)
+    except InvalidArgument as error:
+        raise click.BadParameter(error.problem) from None
+    return text
 
 
 def seed_option(command: Command) -> Command:
