@@ -11,6 +11,7 @@ from urllib.parse import quote
 import msgspec
 
 from entitlement.catalog import Durability
+from entitlement.environment import settings_in
 from entitlement.errors import InvalidArgument
 from entitlement.identity import check_id
 from entitlement.quantity import parse_integer, within
@@ -88,7 +89,7 @@ def load(environment: Mapping[str, str] | None = None) -> Settings:
     Raises InvalidArgument, which names the setting, its problem and what is expected; never its secret.
     """
     environment = os.environ if environment is None else environment
-    given = {name.removeprefix(PREFIX).lower(): value for name, value in environment.items() if name.startswith(PREFIX)}
+    given = settings_in(environment, PREFIX)
     file = given.pop("file", "")
     values: dict[str, object] = dict(_read(file)) if file else {}
     values |= given

@@ -51,7 +51,7 @@ async def migrate(settings: Settings) -> None:
     sys.stdout.write(f"migrated schema={migrations.available()[-1].number}\n")
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] = ()) -> int:
     if list(arguments) not in ([], ["migrate"]):
         sys.stderr.write("usage: python -m ledger_sync [migrate]\n")
         return 2

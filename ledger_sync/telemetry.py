@@ -31,6 +31,7 @@ def configure_logs(level: str, redactor: Redactor | None = None) -> None:
     foreign = structlog.stdlib.ProcessorFormatter
     handler.setFormatter(foreign(foreign_pre_chain=shared, processors=[foreign.remove_processors_meta, *last]))
     logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler], force=True)
+    logging.getLogger("grpc").propagate = False  # A trace for each broken call of a caller; what is ours is told by us.
     structlog.configure(
         processors=[*shared, *last],
         wrapper_class=structlog.make_filtering_bound_logger(number),

@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
+from entitlement.environment import settings_in
 from entitlement.errors import InvalidArgument
 from entitlement.identity import check_name, check_value
 from entitlement.quantity import parse_integer, within
@@ -121,9 +122,7 @@ _WORDS: Final = {
 def load(environment: Mapping[str, str] | None = None) -> Settings:
     """Raises InvalidArgument, which names the setting, its problem and what is expected."""
     environment = os.environ if environment is None else environment
-    values: dict[str, object] = {
-        name.removeprefix(PREFIX).lower(): value for name, value in environment.items() if name.startswith(PREFIX)
-    }
+    values: dict[str, object] = dict(settings_in(environment, PREFIX))
     known = Settings.__struct_fields__
     for name in values:
         if name not in known:

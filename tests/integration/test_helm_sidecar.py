@@ -8,7 +8,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,9 +111,9 @@ def only(document: Document, part: str = "containers") -> Document:
 
 
 @pytest.fixture
-def node(tmp_path: Path, valkey_url: str, database_dsn: str) -> Node:
+def node(folders: Callable[[], Path], valkey_url: str, database_dsn: str) -> Node:
     secrets = {("entitlement-redis", "url"): valkey_url, ("entitlement-ledger", "url"): database_dsn}
-    return Node(tmp_path / "node", secrets, {f"{NAME}-sync": "127.0.0.1"})
+    return Node(folders() / "node", secrets, {f"{NAME}-sync": "127.0.0.1"})
 
 
 @pytest.fixture

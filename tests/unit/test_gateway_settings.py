@@ -217,3 +217,18 @@ def test_what_is_no_endpoint_is_refused_with_what_is_expected(url: str) -> None:
 def test_figures_need_a_host_and_a_port(address: str) -> None:
     assert refusal(metrics=address) == f"metrics: {address!r} is not host:port (port 0..65535)"
     assert settings(metrics="0.0.0.0:9090").metrics == "0.0.0.0:9090"  # No secret is there: any address will do.
+
+
+def test_what_kubernetes_says_of_a_service_of_our_name_is_no_setting() -> None:
+    links = {
+        "SERVICE_HOST": "10.0.0.1",
+        "SERVICE_PORT": "8080",
+        "SERVICE_PORT_GRPC": "8080",
+        "PORT": "tcp://10.0.0.1:8080",
+        "PORT_8080_TCP": "tcp://10.0.0.1:8080",
+        "PORT_8080_TCP_ADDR": "10.0.0.1",
+        "SHARED_SERVICE_HOST": "10.0.0.1",
+    }
+    assert load({f"ENTITLEMENT_GATEWAY_{name}": value for name, value in links.items()}) == Settings()
+    with pytest.raises(InvalidArgument, match="port_x: is not a setting"):
+        load({"ENTITLEMENT_GATEWAY_PORT_X": "1"})

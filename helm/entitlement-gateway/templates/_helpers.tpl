@@ -80,8 +80,7 @@ capabilities: {drop: [ALL]}
 seccompProfile: {type: RuntimeDefault}
 {{- end -}}
 
-{{/* What every pod of ours has. Without service links: Kubernetes would add a variable ENTITLEMENT_GATEWAY_PORT for a
-     Service of that name, and a name that is not a setting is refused. */}}
+{{/* What every pod of ours has. Without service links: nobody needs a variable for each Service there is. */}}
 {{- define "entitlement-gateway.pod" -}}
 automountServiceAccountToken: false
 enableServiceLinks: false

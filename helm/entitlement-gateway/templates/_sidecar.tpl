@@ -2,7 +2,6 @@
      application's own context; the values are those under `entitlement-gateway` in its values.
 
        spec:
-         enableServiceLinks: false
          terminationGracePeriodSeconds: {{ include "entitlement-gateway.sidecar.gracePeriod" . }}
          initContainers:
            - {{ include "entitlement-gateway.sidecar" . | nindent 6 | trim }}
