@@ -123,7 +123,7 @@ def app(tmp_path: Path, node: Node) -> list[Document]:
     ports: dict[str, Any] = {
         "gateway": {"port": free_port()},
         "ledgerSync": {"port": free_port()},
-        "metrics": {"port": free_port()},
+        "metrics": {"port": free_port(), "gatewayPort": free_port()},
     }
     return documents({"entitlement-gateway": ports}, with_dependency(tmp_path))
 

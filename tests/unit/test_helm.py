@@ -44,8 +44,8 @@ from tests.charts import (  # noqa: E402
 KUBERNETES = ("1.30.0", "1.34.0", "1.37.0")  # the oldest that the chart allows, to the newest with a schema
 MODES = ("deployment", "daemonset", "sidecar")
 SETTINGS = {"ENTITLEMENT_GATEWAY_": gateway_settings, "ENTITLEMENT_SYNC_": sync_settings}
-# What is not for a chart's user to say: the secret comes as a variable; the gateway's figures have no port there yet.
-LEFT_OUT = {"gateway": {"metrics"}, "ledgerSync": {"webhook_secret_file"}}
+# What is not for a chart's user to say: the secret comes as a variable.
+LEFT_OUT: dict[str, set[str]] = {"gateway": set(), "ledgerSync": {"webhook_secret_file"}}
 NEEDED: dict[str, Any] = {"redis": {"urlSecret": {"name": "redis"}}, "postgresql": {"urlSecret": {"name": "ledger"}}}
 SECRET = re.compile(r"URL|SECRET|PASSWORD|PUBLISHER|TOKEN")  # variables whose values may be one
 NAME = "shop-entitlement-gateway"
@@ -256,6 +256,36 @@ def test_services_budgets_and_policies_select_pods_that_exist(everything: list[D
         if selector and document["kind"] in ("Service", "PodDisruptionBudget", "NetworkPolicy"):
             wanted = selector.get("matchLabels", selector)
             assert any(wanted.items() <= labels.items() for labels in made), _name(document)
+
+
+def test_monitors_find_ports_that_are_there() -> None:
+    values = {"metrics": {"serviceMonitor": {"enabled": True}}}
+    for mode, kind in (("deployment", "ServiceMonitor"), ("sidecar", "PodMonitor")):
+        found = documents(NEEDED | values | {"mode": mode})
+        monitors = [document for document in found if document["kind"] in ("PodMonitor", "ServiceMonitor")]
+        assert sorted(monitor["kind"] for monitor in monitors) == sorted([kind, "ServiceMonitor"])
+        for monitor in monitors:
+            if monitor["kind"] == "PodMonitor":
+                (end,) = monitor["spec"]["podMetricsEndpoints"]
+                assert end["port"] == "ent-metrics"
+                continue
+            wanted = monitor["spec"]["selector"]["matchLabels"].items()
+            services = [each for each in found if each["kind"] == "Service"]
+            (end,) = monitor["spec"]["endpoints"]
+            asked = [
+                port["name"]
+                for service in services
+                if wanted <= service["metadata"]["labels"].items()
+                for port in service["spec"]["ports"]
+            ]
+            assert asked.count(end["port"]) == 1
+
+
+def test_a_sidecar_tells_its_figures_where_its_monitor_looks(app: list[Document]) -> None:
+    (sidecar,) = (each for each in containers(app) if each["name"] == "entitlement-gateway")
+    (port,) = sidecar["ports"]
+    assert port["name"] == "ent-metrics"
+    assert variables(sidecar)["ENTITLEMENT_GATEWAY_METRICS"]["value"] == f"0.0.0.0:{port['containerPort']}"
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "tls"])

@@ -26,6 +26,10 @@
 - name: ENTITLEMENT_GATEWAY_INSECURE
   value: "true"
 {{- end }}
+{{- if .Values.metrics.enabled }}
+- name: ENTITLEMENT_GATEWAY_METRICS
+  value: "0.0.0.0:{{ int64 .Values.metrics.gatewayPort }}"
+{{- end }}
 {{- if .Values.gateway.frontdoor }}
 - name: ENTITLEMENT_GATEWAY_FRONTDOOR
   value: /etc/entitlement/frontdoor/mapping.yaml
@@ -92,6 +96,9 @@ spec: {{ include "entitlement-gateway.pod" . | nindent 2 }}
     - {{ include "entitlement-gateway.gateway.container" . | nindent 6 | trim }}
       ports:
         - {name: grpc, containerPort: {{ int64 $options.port }}}
+        {{- if .Values.metrics.enabled }}
+        - {name: metrics, containerPort: {{ int64 .Values.metrics.gatewayPort }}}
+        {{- end }}
       # It listens once it can decide. The kubelet speaks no TLS for gRPC.
       startupProbe:
         tcpSocket: {port: grpc}
@@ -100,6 +107,8 @@ spec: {{ include "entitlement-gateway.pod" . | nindent 2 }}
       readinessProbe:
         {{- if and (eq $options.readiness "health") (not $options.tls.secretName) }}
         grpc: {port: {{ int64 $options.port }}}
+        {{- else if and (eq $options.readiness "health") .Values.metrics.enabled }}
+        httpGet: {path: /readyz, port: metrics}
         {{- else }}
         tcpSocket: {port: grpc}
         {{- end }}
@@ -107,7 +116,11 @@ spec: {{ include "entitlement-gateway.pod" . | nindent 2 }}
         failureThreshold: 2
       # Not its health: a gateway without Redis is not helped by a restart.
       livenessProbe:
+        {{- if .Values.metrics.enabled }}
+        httpGet: {path: /livez, port: metrics}
+        {{- else }}
         tcpSocket: {port: grpc}
+        {{- end }}
         periodSeconds: 10
         failureThreshold: 6
       {{- if $options.preStopSeconds }}

@@ -25,6 +25,10 @@
 {{- $port := int64 $scope.Values.gateway.port -}}
 {{- $asks := printf "import socket; socket.create_connection(('127.0.0.1', %d), 1)" $port -}}
 {{ include "entitlement-gateway.gateway.container" $scope }}
+{{- if $scope.Values.metrics.enabled }}
+ports:
+  - {name: ent-metrics, containerPort: {{ int64 $scope.Values.metrics.gatewayPort }}}
+{{- end }}
 restartPolicy: Always
 # It is on loopback, where the kubelet cannot ask. Nothing is said of readiness: the application is, or is not, by itself.
 startupProbe:
