@@ -67,8 +67,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def receipts_base(self) -> Path:
         """The folder of the tenant's receipts; each gateway takes one of its own in it."""
-        home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-        base = Path(self.receipts_dir) if self.receipts_dir else Path(home) / "entitlement-gateway" / "receipts"
+        if self.receipts_dir:
+            base = Path(self.receipts_dir)
+        else:
+            home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+            base = Path(home) / "entitlement-gateway" / "receipts"
         return base / f"tenant-{quote(self.tenant, safe='')}"
 
     @property

@@ -93,8 +93,9 @@ def load(path: str) -> Rules:
     """The rules in a file. Raises InvalidArgument, which names the file, the field and its problem."""
     try:
         return read(Path(path).read_bytes())
-    except OSError as error:
-        raise InvalidArgument("frontdoor", f"{path!r} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # The latter: no file's name can have a NUL.
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InvalidArgument("frontdoor", f"{path!r} cannot be read: {why}") from None
     except InvalidArgument as error:
         raise InvalidArgument("frontdoor", f"{path}: {error}") from None
 

@@ -361,3 +361,8 @@ def _limits(text: str) -> Table:
     table = _rules(limit(text)).descriptors
     assert table is not None
     return table
+
+
+def test_a_path_that_can_be_no_files() -> None:
+    with pytest.raises(InvalidArgument, match="frontdoor: .* cannot be read: embedded null byte"):
+        load("a\0b")

@@ -232,3 +232,11 @@ def test_what_kubernetes_says_of_a_service_of_our_name_is_no_setting() -> None:
     assert load({f"ENTITLEMENT_GATEWAY_{name}": value for name, value in links.items()}) == Settings()
     with pytest.raises(InvalidArgument, match="port_x: is not a setting"):
         load({"ENTITLEMENT_GATEWAY_PORT_X": "1"})
+
+
+def test_who_says_where_receipts_lie_needs_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    assert Settings(receipts_dir="/receipts").receipts_base == Path("/receipts/tenant-default")
