@@ -364,5 +364,5 @@ def _limits(text: str) -> Table:
 
 
 def test_a_path_that_can_be_no_files() -> None:
-    with pytest.raises(InvalidArgument, match="frontdoor: .* cannot be read: embedded null byte"):
+    with pytest.raises(InvalidArgument, match=r"frontdoor: .* cannot be read: embedded null byte"):
         load("a\0b")
