@@ -115,6 +115,8 @@ async def test_a_hot_store_that_hangs_is_unavailable_within_the_deadline_and_no_
         assert f"no answer within {TIMEOUT_MS} ms" in await unavailable(gateway, "k1")
         outcomes = await asyncio.gather(*(unavailable(gateway, f"m{number}") for number in range(50)))
         assert len(outcomes) == 50
+        # The store ended each, while the server still hung. How soon: test_connection_deadlines, by a hand-moved clock.
+        assert all(told.startswith("hot store: ") for told in outcomes), set(outcomes)
     finally:
         server.resume()
     answers = await asyncio.gather(*(insisting(gateway, f"m{number}") for number in range(50)))
