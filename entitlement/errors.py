@@ -35,5 +35,13 @@ class Overloaded(EntitlementError):
     """More calls are in flight than the configured limit. Nothing was changed."""
 
 
+class Unauthenticated(EntitlementError):
+    """Nobody knows who calls: no credentials, or such as are nobody's. Nothing was looked at."""
+
+
+class PermissionDenied(EntitlementError):
+    """Who calls is known, and may not do this. Nothing was looked at."""
+
+
 class CorruptRecord(EntitlementError):
     """A stored record does not decode. It is quarantined, never guessed at."""
