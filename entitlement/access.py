@@ -26,6 +26,11 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 import msgspec
 import yaml
 
+try:
+    from yaml import CSafeLoader as _Safe  # Where libyaml is, a long file takes no second.
+except ImportError:
+    from yaml import SafeLoader as _Safe  # type: ignore[assignment]
+
 from entitlement.errors import InvalidArgument, PermissionDenied, Unauthenticated
 from entitlement.identity import check_id, is_id
 
@@ -102,6 +107,8 @@ class Access:
         names: set[str] = set()
         for place, entry in enumerate(self.entries):
             self._add(f"identities[{place}]", entry, names)
+        known = (*self._by_hash.values(), *self._by_uri.values())
+        self._ends = sorted((one.until_ms for one in known if one.until_ms > now_ms()), reverse=True)  # soonest last
 
     def identify(self, came: Credentials) -> Identity:
         """Who it is: by the token if one was sent, else by the certificate.
@@ -119,6 +126,13 @@ class Access:
         if len(came.uris) > 1:
             raise Unauthenticated("certificate: names more than one URI; expected exactly one")
         return self._alive(self._by_uri.get(came.uris[0]), PermissionDenied("certificate: its URI may not call here"))
+
+    def ended(self) -> bool:
+        """Whether anybody's time has come since this was asked last."""
+        before, now_ms = len(self._ends), self._now_ms()
+        while self._ends and self._ends[-1] <= now_ms:
+            self._ends.pop()
+        return len(self._ends) < before
 
     def _alive(self, found: Identity | None, otherwise: Exception) -> Identity:
         if found is None or (found.until_ms and found.until_ms <= self._now_ms()):
@@ -240,7 +254,7 @@ def _hash(token: str) -> str:
     return sha256(token.encode()).hexdigest()
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(_Safe):
     """Nothing is there twice, and a time stays the text that it is."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

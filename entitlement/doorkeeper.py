@@ -11,9 +11,8 @@ Read = Callable[[], Mapping[str, bytes]]  # what is in each file by its name; ra
 
 
 class Doorkeeper:
-    """`generation` counts up with every change; `problem` is why the last reading was not taken, if it was not.
-
-    `refused`: calls that were not let in, by error.
+    """`generation` counts up with every change, an expiry too. `problem`: why the files were not taken when they were
+    last read, if they were not. `refused`: calls that were not let in, by error.
     """
 
     def __init__(self, read: Read, now_ms: Callable[[], int]) -> None:
@@ -36,12 +35,18 @@ class Doorkeeper:
             found = dict(self._read())
             if found == self._seen:
                 self.problem = ""
-                return False
+                return self._expired()
             self._access = self._understood(found)
         except InvalidArgument as error:
             told, self.problem = self.problem, str(error)
             return told != self.problem
         self._seen, self.problem = found, ""
+        self.generation += 1
+        return True
+
+    def _expired(self) -> bool:
+        if not self._access.ended():
+            return False
         self.generation += 1
         return True
 

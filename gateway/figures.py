@@ -23,6 +23,7 @@ from gateway.store.redis_store import RedisStore
 from gateway.tally import BOUNDS_S, Times
 
 _NAME: Final = "entitlement_gateway_"
+_NOT_LET_IN: Final = ("PERMISSION_DENIED", "UNAUTHENTICATED")
 _VERDICTS: Final = {int(verdict): verdict.name for verdict in Verdict}
 _REASONS: Final = {int(reason): reason.name for reason in Reason}
 
@@ -42,6 +43,8 @@ class Parts(msgspec.Struct, frozen=True):
     streams: Callable[[], int]
     failures: Callable[[], int]
     components: Callable[[], Mapping[str, Component]]
+    not_let_in: Callable[[], Mapping[str, int]]
+    stale: Callable[[], bool]
 
 
 class Figures(Collector):
@@ -75,6 +78,8 @@ def _decisions(parts: Sequence[Parts]) -> Iterator[Metric]:
     denied = sum(part.degraded.denied for part in parts)
     by_policy: Values = {("ALLOW",): granted, ("DENY",): denied}
     yield _counter("degraded_decisions", "Decisions by failure policy: Redis was away.", by_policy, "verdict")
+    away: Values = {(name,): sum(part.not_let_in().get(name, 0) for part in parts) for name in _NOT_LET_IN}
+    yield _counter("not_let_in", "Calls of whom nobody knows, or who may not make them.", away, "error")
     yield _counter("failures", "Calls that ended in an error nobody foresaw.", {(): sum(p.failures() for p in parts)})
 
 
@@ -135,6 +140,8 @@ def _state(parts: Sequence[Parts]) -> Iterator[Metric]:
     yield _gauge("ready", "1: this part is well, in every event loop.", ready, "component")
     opening = min([part.store.opening for part in parts], default=0)
     yield _gauge("opening", "The fence: under which opening of Redis is decided; 0: none.", {(): opening})
+    stale = max([part.stale() for part in parts], default=False)
+    yield _gauge("identities_stale", "1: the files that say who may call could not be read again.", {(): stale})
     generation = min([part.catalog.generation for part in parts], default=-1)
     yield _gauge("catalogue_generation", "The catalogue that prices; -1: none was read.", {(): generation})
     silent = max([part.pulse.silent_s for part in parts], default=0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import monotonic
 
 import structlog
@@ -12,7 +12,7 @@ import structlog
 from entitlement.catalog import Snapshot
 from entitlement.decision import Limits
 from entitlement.probes import Component, Pulse
-from gateway import exposition
+from gateway import access_files, exposition
 from gateway.admission import Admission
 from gateway.catalog import Catalog
 from gateway.degraded import Degraded
@@ -26,6 +26,7 @@ from gateway.store.connection import Endpoint
 from gateway.store.control import Control
 from gateway.store.hold_store import HoldStore
 from gateway.store.redis_store import RedisStore
+from gateway.transport.gatekeeper import Gatekeeper
 from gateway.transport.grpcio import GrpcioTransport
 from gateway.transport.servicers import Servicers
 
@@ -68,11 +69,12 @@ class Core:
             HoldStore(self._store, self.receipts, limits, settings.partitions),
             *(self._catalog, self._control, self.admission),
         )
-        self.servicers = Servicers(self.admission, holds, self._store, self._control, denials, settings)
+        self._gate = _gate(settings)
+        self.servicers = Servicers(self.admission, holds, self._store, self._control, denials, settings, self._gate)
         self._pulse = Pulse(monotonic)
         self._parts = Parts(
             *(self.admission, holds, self._store, self.receipts, self._degraded, self._catalog, self._pulse),
-            *(lambda: self.servicers.streams, failures, self.components),
+            *(lambda: self.servicers.streams, failures, self.components, self._refused, self._stale),
         )
 
     async def start(self) -> None:
@@ -83,6 +85,8 @@ class Core:
         await self._store.start()
         self._tasks.append(asyncio.create_task(tend(self.receipts, self._store)))
         await self._control.start()
+        if self._gate is not None:
+            self._tasks.append(asyncio.create_task(access_files.watch(self._gate.doorkeeper)))
         await self.servicers.start(self.components)
         gc.collect()
         gc.freeze()
@@ -97,6 +101,12 @@ class Core:
             "receipts": Component(not self.receipts.problem, self.receipts.problem),
             "serving": Component(not self._draining, "it is being stopped" if self._draining else ""),
         }
+
+    def _refused(self) -> Mapping[str, int]:
+        return self._gate.doorkeeper.refused if self._gate else {}
+
+    def _stale(self) -> bool:
+        return bool(self._gate and self._gate.doorkeeper.problem)
 
     async def _beat(self) -> None:
         while True:
@@ -123,6 +133,14 @@ class Core:
         self._catalog.swap(snapshot)
         self._degraded.swap(snapshot.policies)
         _log.info("catalogue", generation=snapshot.generation, rate_cards=len(snapshot.rate_cards))
+
+
+def _gate(settings: Settings) -> Gatekeeper | None:
+    """None where it was said that everybody may call: then no call is looked at."""
+    if settings.anonymous == "all":
+        return None
+    keeper = access_files.doorkeeper(settings.identities)
+    return Gatekeeper(keeper, settings.tenant, local=settings.anonymous == "unix")
 
 
 class Process:

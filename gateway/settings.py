@@ -35,6 +35,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tenant: str = "default"
     partitions: int = 64  # fixed when a deployment is created, 1..1024
     transport: str = "auto"  # envoy, grpcio; auto: envoy where pyvoy and libpython are there
+    access: str = ""  # files of identities, comma-separated: who may call (docs/security.md)
+    anonymous: str = ""  # unix: callers on Unix sockets need no credentials; all: nobody needs any
     insecure: bool = False  # true: plaintext TCP beyond the loopback interface
     tls_cert: str = ""  # PEM files; with both, TCP addresses serve TLS
     tls_key: str = ""
@@ -77,6 +79,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def unless_said(self) -> Durability:
         return DURABILITIES[self.durability]
+
+    @property
+    def identities(self) -> tuple[str, ...]:
+        """The files of identities."""
+        return tuple(file.strip() for file in self.access.split(",") if file.strip())
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -146,7 +153,19 @@ def _checked(settings: Settings) -> Settings:
         _split("metrics", settings.metrics)
     for address in settings.addresses:
         _check_address(address, safe=settings.insecure or bool(settings.tls_cert))
+    _check_callers(settings)
     return settings
+
+
+def _check_callers(settings: Settings) -> None:
+    if settings.anonymous not in ("", "unix", "all"):
+        raise InvalidArgument("anonymous", f"{settings.anonymous!r} is not one of unix, all; or empty: nobody")
+    if settings.anonymous == "all" and settings.access:
+        raise InvalidArgument("anonymous", "all lets everybody in, whatever access says; leave one of them out")
+    if not settings.anonymous and not settings.access:
+        raise InvalidArgument(
+            "access", "is empty: nobody could call; name the file of identities, or say anonymous = all"
+        )
 
 
 def _check_address(address: str, *, safe: bool) -> None:

@@ -48,6 +48,7 @@ class GatewayProcess(ServerProcess):
         given = {"transport": transport, "redis_url": redis_url, "tenant": TENANT, "log_level": "error"}
         given |= {"listen": f"127.0.0.1:0,unix:{self.path}", "redis_timeout_ms": 10_000}
         given |= {"receipts_dir": self.folder / "receipts"}
+        given |= {} if "access" in settings else {"anonymous": "all"}
         with suppress(redis.RedisError, ValueError), redis.Redis.from_url(redis_url) as client:
             vouch(client)
         environment = {f"ENTITLEMENT_GATEWAY_{name.upper()}": f"{value}" for name, value in (given | settings).items()}

@@ -130,7 +130,9 @@ def timestamp(ms: int) -> Timestamp:
 async def rig(url: str, **changed: object) -> AsyncIterator[Rig]:
     """A gateway on `url`, whose catalogue is published before it starts."""
     receipts = tempfile.mkdtemp(prefix="receipts-")
-    settings = Settings(redis_url=url, listen="127.0.0.1:0", tenant=TENANT, redis_timeout_ms=5_000, drain_ms=1_000)
+    settings = Settings(
+        anonymous="all", redis_url=url, listen="127.0.0.1:0", tenant=TENANT, redis_timeout_ms=5_000, drain_ms=1_000
+    )
     settings = msgspec.structs.replace(settings, receipts_dir=receipts)
     process, thresholds = Process(msgspec.structs.replace(settings, **changed)), gc.get_threshold()
     with redis.Redis.from_url(url) as client:

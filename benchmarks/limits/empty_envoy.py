@@ -15,7 +15,9 @@ from gateway.transport.envoy import EnvoyTransport
 async def serve() -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    transport = EnvoyTransport(Settings(listen="127.0.0.1:0", drain_ms=500), "benchmarks.limits.empty_asgi:app")
+    transport = EnvoyTransport(
+        Settings(anonymous="all", listen="127.0.0.1:0", drain_ms=500), "benchmarks.limits.empty_asgi:app"
+    )
     try:
         await transport.start()
         sys.stdout.write(f"ready {transport.addresses[0]}\n")

@@ -28,6 +28,7 @@ from gateway.store.connection import Endpoint
 from gateway.store.examine import Examined, examine
 
 SETTINGS: Final = "settings"
+_ANYBODY: Final = {f"{gateway_settings.PREFIX}ANONYMOUS": "all"}  # Who may call is not looked at.
 SYNC_PREFIX: Final = "ENTITLEMENT_SYNC_"
 CHILD_S: Final = 20.0
 _MANUAL: Final = "docs/configuration.md lists them all"
@@ -78,7 +79,7 @@ def _settings(redis: str) -> tuple[gateway_settings.Settings, Check]:
     environment = dict(os.environ) | ({f"{gateway_settings.PREFIX}REDIS_URL": redis} if redis else {})
     named = sorted(name for name in environment if name.startswith(gateway_settings.PREFIX))
     try:
-        found = gateway_settings.load(environment)
+        found = gateway_settings.load(environment if named else _ANYBODY)
     except InvalidArgument as error:
         return _looked_at(environment), fail(SETTINGS, "gateway", str(error), f"correct it; {_MANUAL}")
     return found, ok(SETTINGS, "gateway", f"sound, {len(named)} set here" if named else "none set here: the defaults")
@@ -87,7 +88,7 @@ def _settings(redis: str) -> tuple[gateway_settings.Settings, Check]:
 def _looked_at(environment: Mapping[str, str]) -> gateway_settings.Settings:
     names = {f"{gateway_settings.PREFIX}{name}" for name in ("REDIS_URL", "RECEIPTS_DIR", "TENANT", "PARTITIONS")}
     try:
-        return gateway_settings.load({name: value for name, value in environment.items() if name in names})
+        return gateway_settings.load({k: v for k, v in environment.items() if k in names} | _ANYBODY)
     except InvalidArgument:
         return gateway_settings.Settings()
 

@@ -6,13 +6,18 @@ from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Final, Protocol
 
+from entitlement.access import Credentials, Identity
+from entitlement.errors import PermissionDenied, Unauthenticated
 from gateway.frontdoor import asking
 from gateway.frontdoor.asking import Refused
 from gateway.frontdoor.desk import Answer, Desk
 from gateway.frontdoor.rules import Forward, Table
+from gateway.refusing import status_of
 from gateway.transport.asgi_context import Context, Event, PeerGone, Receive, Send
 
 PATH: Final = "/v1/authorize"
+AUTHORIZATION: Final = b"entitlement-authorization"
+SAME_AS: Final = "/envoy.service.auth.v3.Authorization/Check"  # asks for the same scope
 
 
 class Door(Protocol):
@@ -84,6 +89,36 @@ class ForwardDoor:
 
     def _status(self, answer: Answer) -> int:
         return answer.status if answer.passes else self._forward.denied_status or answer.status
+
+
+class Gate(Protocol):
+    """Who may call."""
+
+    def admit(self, method: str, came: Credentials, peer: str) -> Identity: ...
+
+
+class GatedForwardDoor(ForwardDoor):
+    """For proxies that say who they are: by their certificate, or with a token in ENTITLEMENT_AUTHORIZATION, as
+    `authorization` is their own callers'. Which customers are asked for is the mapping's to say, so one that is limited
+    to some cannot ask here.
+    """
+
+    def __init__(self, gate: Gate, desk: Desk, table: Table, forward: Forward) -> None:
+        super().__init__(desk, table, forward)
+        self._gate = gate
+
+    async def serve(self, scope: Event, receive: Receive, send: Send) -> None:
+        context = Context(scope, receive, send)
+        try:
+            identity = self._gate.admit(SAME_AS, context.credentials(AUTHORIZATION), context.peer())
+            if identity.limited:
+                raise PermissionDenied("customers: who is limited to some cannot ask here")
+        except (Unauthenticated, PermissionDenied) as error:  # 403, never 401: that would ask the proxy's own callers.
+            answer = self._desk.refuse(403, status_of(error).name, str(error))
+            with suppress(PeerGone):
+                await _send(context, answer, answer.status, bare=scope["method"] == "HEAD")
+            return
+        await super().serve(scope, receive, send)
 
 
 class _Before:

@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import structlog
 
+from entitlement.access import Credentials
 from gateway.transport.asgi_context import CONTENT_TYPE, Aborted, Context, Event, Headers, PeerGone, Receive, Send
 from gateway.transport.asgi_stream import (
     LOOK_EVERY_S,
@@ -62,6 +63,11 @@ class GrpcApp:
 
     def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
         self._generic += handlers
+
+    @staticmethod
+    def credentials(context: Context) -> Credentials:
+        """What came with a call."""
+        return context.credentials()
 
     def find(self, path: str, headers: Headers) -> Handler | None:
         handler = self._methods.get(path)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping, Sequence
 from typing import Any, NoReturn
 
 import grpc
 
+from entitlement.access import Credentials
 from gateway.transport.frames import compressed_frame, encode_message, frame
 
 Event = MutableMapping[str, Any]
@@ -20,6 +22,8 @@ Metadata = Iterable[tuple[str, str | bytes]]
 
 CONTENT_TYPE = (b"content-type", b"application/grpc")
 ACCEPT = (b"grpc-accept-encoding", b"identity,gzip")
+_CERTIFICATE = b"x-forwarded-client-cert"
+_FIELDS = re.compile(rb"(?:By=[^,;\"]*;)?Hash=[0-9a-f]*(?:;URI=([^,;\"]*))?")  # as bootstrap.py asks Envoy for them
 _RESERVED = frozenset((b"te", b"content-type", b"host", b"content-length"))
 
 
@@ -67,6 +71,18 @@ class Context:
             else:
                 found.append((name.decode("latin-1"), value.decode("latin-1")))
         return tuple(found)
+
+    def credentials(self, sent_as: bytes = b"authorization") -> Credentials:
+        """What came with the call. The certificate's URIs are as Envoy tells them, which takes out what callers say."""
+        sent: list[str] = []
+        shown: list[bytes] = []
+        headers: Headers = self._scope["headers"]
+        for name, value in headers:
+            if name == sent_as:
+                sent.append(value.decode("latin-1"))
+            elif name == _CERTIFICATE:
+                shown.append(value)
+        return Credentials(sent, _uris(shown))
 
     def peer(self) -> str:
         """As grpcio writes it: ipv4:127.0.0.1:80, ipv6:[::1]:80, unix:."""
@@ -219,3 +235,14 @@ def _unpacked(value: bytes) -> bytes:
         return base64.b64decode(value + b"=" * (-len(value) % 4))
     except binascii.Error:
         return value
+
+
+def _uris(shown: Sequence[bytes]) -> Sequence[str]:
+    """The URI of the one certificate; two where it cannot be told for sure: that is nobody."""
+    if not shown:
+        return ()
+    found = _FIELDS.fullmatch(shown[0]) if len(shown) == 1 else None
+    if found is None:
+        return ("", "")
+    uri: bytes | None = found[1]
+    return () if uri is None else (uri.decode("latin-1"),)

@@ -102,6 +102,8 @@ def _connection_manager(app: str) -> Json:
             "stat_prefix": "gateway",
             "codec_type": "AUTO",
             "generate_request_id": False,
+            "forward_client_cert_details": "SANITIZE_SET",  # Who calls is told by Envoy, never by the caller.
+            "set_current_client_cert_details": {"uri": True},
             "stream_idle_timeout": "0s",
             "stream_flush_timeout": FLUSH_TIMEOUT,
             "request_headers_timeout": HEADERS_TIMEOUT,

@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 import grpc
 import structlog
 
+from entitlement.access import Credentials
 from gateway.transport.asgi_stream import NOT_IMPLEMENTED, Handler, decoded
 from gateway.transport.frames import BadFrame, unpack
 
-_MAKERS: dict[tuple[bool, bool], Callable[..., Handler]] = {  # by request and response streaming
+MAKERS: dict[tuple[bool, bool], Callable[..., Handler]] = {  # by request and response streaming
     (False, False): grpc.unary_unary_rpc_method_handler,
     (False, True): grpc.unary_stream_rpc_method_handler,
     (True, False): grpc.stream_unary_rpc_method_handler,
@@ -45,6 +46,13 @@ class GuardedServer:
     def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
         self._server.add_generic_rpc_handlers([_Generic(self, handler) for handler in handlers])
 
+    @staticmethod
+    def credentials(context: _Context) -> Credentials:
+        """What came with a call."""
+        sent = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
+        shown = (context.auth_context() or {}).get("peer_uri", ())
+        return Credentials([f"{value!s}" for value in sent], [uri.decode("latin-1") for uri in shown])
+
     def guard(self, handler: Handler) -> Handler:
         """The same method; its requests are decoded where an error can be told as what it is."""
         behavior: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
@@ -69,7 +77,7 @@ class GuardedServer:
                 while (message := await self._guarded(context, anext(found, _END))) is not _END:
                     yield message
 
-        make = _MAKERS[streaming, handler.response_streaming]
+        make = MAKERS[streaming, handler.response_streaming]
         wrapped = answers if inspect.isasyncgenfunction(behavior) else answer
         return make(wrapped, decode if streaming else None, handler.response_serializer)
 

@@ -21,6 +21,7 @@ from gateway.holds import Holds
 from gateway.service import GatewayService
 from gateway.settings import Settings
 from gateway.store.protocol import HotStore
+from gateway.transport.gatekeeper import Gatekeeper
 
 SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["EntitlementGateway"].full_name
 COMPONENT = "component/"
@@ -53,16 +54,20 @@ class Servicers:
         loader: Loader,
         denials: Denials,
         settings: Settings,
+        gate: Gatekeeper | None = None,
     ) -> None:
+        """`gate`: lets in who may call; without one everybody may."""
+        self._gate = gate
         self._service = GatewayService(admission, store, loader, denials, settings.tenant)
         self._holds = HoldService(holds, denials, admission, settings.tenant)
         file = settings.frontdoor
-        self.front = FrontDoors(file, admission, store, denials, settings.tenant) if file else None
+        self.front = FrontDoors(file, admission, store, denials, settings.tenant, gate) if file else None
         self._health = health.aio.HealthServicer()
         self._reflection = settings.reflection
         self._watch: asyncio.Task[None] | None = None
 
-    def register(self, server: Registrar) -> None:
+    def register(self, transport: Registrar) -> None:
+        server: Registrar = transport if self._gate is None else self._gate.before(transport)
         services = {SERVICE: self._service.handlers() | self._holds.handlers()} | (
             self.front.services if self.front else {}
         )

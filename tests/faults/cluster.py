@@ -217,6 +217,7 @@ class Cluster:
             "TRANSPORT": self.options.transport,
             "REDIS_TIMEOUT_MS": str(TIMEOUT_MS),
             "DURABILITY": self.options.durability,
+            "ANONYMOUS": "all",
             "RECEIPTS_DIR": str((self._small("receipts") or self.folder) / "receipts"),
         }
         named = {

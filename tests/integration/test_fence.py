@@ -163,7 +163,9 @@ async def unvouched(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A gateway that is started on a hot store for which nobody has given a word."""
     monkeypatch.setattr(redis_store, "START_S", 0.05)
     monkeypatch.setattr(fence, "VOUCHED_S", 0.2)
-    process = Process(Settings(redis_url=url, listen="127.0.0.1:0", tenant=TENANT, receipts_dir=str(folder)))
+    process = Process(
+        Settings(anonymous="all", redis_url=url, listen="127.0.0.1:0", tenant=TENANT, receipts_dir=str(folder))
+    )
     with redis.Redis.from_url(url) as client:
         try:
             await process.start()

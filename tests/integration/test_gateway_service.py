@@ -248,13 +248,13 @@ async def test_a_call_in_flight_finishes_when_the_process_stops(valkey_url: str)
 
 
 async def test_a_process_does_not_start_without_its_hot_store_or_address(valkey_url: str) -> None:
-    away = Settings(redis_url=f"redis://127.0.0.1:{free_port()}", listen="127.0.0.1:0")
+    away = Settings(anonymous="all", redis_url=f"redis://127.0.0.1:{free_port()}", listen="127.0.0.1:0")
     process = Process(away)
     with pytest.raises(Unavailable, match="hot store at 127"):
         await process.start()
     await process.stop()
     async with rig(valkey_url) as made:
-        taken = Process(Settings(redis_url=valkey_url, listen=made.process.addresses[0]))
+        taken = Process(Settings(anonymous="all", redis_url=valkey_url, listen=made.process.addresses[0]))
         with pytest.raises(InvalidArgument, match=r"listen: .* cannot be bound"):
             await taken.start()
         await taken.stop()

@@ -173,9 +173,11 @@ def test_a_file_is_named_and_so_is_the_setting(tmp_path: Path) -> None:
     file = tmp_path / "front.yaml"
     file.write_text("requests: {}")
     with pytest.raises(InvalidArgument, match=rf"^frontdoor: {file}: requests: Object missing required field"):
-        settings({"ENTITLEMENT_GATEWAY_FRONTDOOR": str(file)})
+        settings({"ENTITLEMENT_GATEWAY_FRONTDOOR": str(file), "ENTITLEMENT_GATEWAY_ANONYMOUS": "all"})
     file.write_text(MAPPING)
-    assert settings({"ENTITLEMENT_GATEWAY_FRONTDOOR": str(file)}).frontdoor == str(file)
+    assert settings(
+        {"ENTITLEMENT_GATEWAY_FRONTDOOR": str(file), "ENTITLEMENT_GATEWAY_ANONYMOUS": "all"}
+    ).frontdoor == str(file)
 
 
 def test_texts_stay_as_they_are_written() -> None:

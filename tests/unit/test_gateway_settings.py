@@ -15,7 +15,9 @@ PREFIX = "ENTITLEMENT_GATEWAY_"
 
 
 def settings(**given: str) -> Settings:
-    return load({f"{PREFIX}{name.upper()}": value for name, value in given.items()})
+    """Of a gateway that says who may call: everybody."""
+    said = {} if {"access", "anonymous"} & given.keys() else {"anonymous": "all"}
+    return load({f"{PREFIX}{name.upper()}": value for name, value in (said | given).items()})
 
 
 def refusal(**given: str) -> str:
@@ -36,7 +38,8 @@ def test_settings_are_frozen() -> None:
 
 
 def test_other_variables_are_not_settings() -> None:
-    assert load({"PATH": "/bin", "ENTITLEMENT_SYNC_LISTEN": "x", "entitlement_gateway_listen": "x"}) == Settings()
+    others = {"PATH": "/bin", "ENTITLEMENT_SYNC_LISTEN": "x", "entitlement_gateway_listen": "x"}
+    assert load(others | {"ENTITLEMENT_GATEWAY_ANONYMOUS": "all"}) == Settings(anonymous="all")
 
 
 @pytest.mark.parametrize(
@@ -229,7 +232,8 @@ def test_what_kubernetes_says_of_a_service_of_our_name_is_no_setting() -> None:
         "PORT_8080_TCP_ADDR": "10.0.0.1",
         "SHARED_SERVICE_HOST": "10.0.0.1",
     }
-    assert load({f"ENTITLEMENT_GATEWAY_{name}": value for name, value in links.items()}) == Settings()
+    everybody = {"ENTITLEMENT_GATEWAY_ANONYMOUS": "all"}
+    assert load({f"ENTITLEMENT_GATEWAY_{name}": value for name, value in links.items()} | everybody) == settings()
     with pytest.raises(InvalidArgument, match="port_x: is not a setting"):
         load({"ENTITLEMENT_GATEWAY_PORT_X": "1"})
 
@@ -240,3 +244,19 @@ def test_who_says_where_receipts_lie_needs_no_home(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Path, "home", nobody)
     assert Settings(receipts_dir="/receipts").receipts_base == Path("/receipts/tenant-default")
+
+
+class TestWhoMayCall:
+    def test_nobody_is_let_in_unless_it_is_said_who(self) -> None:
+        with pytest.raises(InvalidArgument, match=r"^access: is empty: nobody could call; name the file of identities"):
+            load({})
+
+    def test_anonymous_is_one_of_a_few_words(self) -> None:
+        assert refusal(anonymous="yes") == "anonymous: 'yes' is not one of unix, all; or empty: nobody"
+        assert settings(anonymous="unix").anonymous == "unix"
+
+    def test_everybody_and_a_file_contradict(self) -> None:
+        assert refusal(anonymous="all", access="/a.yaml").startswith("anonymous: all lets everybody in")
+
+    def test_several_files(self) -> None:
+        assert settings(access="/a.yaml, /b.yaml").identities == ("/a.yaml", "/b.yaml")

@@ -36,4 +36,4 @@ async def serve(kind: str, settings: Settings) -> None:
 
 if __name__ == "__main__":
     telemetry.configure("error")
-    uvloop.run(serve(sys.argv[1], Settings(listen=sys.argv[2], drain_ms=int(sys.argv[3]))))
+    uvloop.run(serve(sys.argv[1], Settings(anonymous="all", listen=sys.argv[2], drain_ms=int(sys.argv[3]))))
