@@ -10,14 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-_EXTENSIONS = """
-[server]
-subjectAltName = DNS:localhost, IP:127.0.0.1
-extendedKeyUsage = serverAuth
-[client]
-subjectAltName = URI:spiffe://test/client
-extendedKeyUsage = clientAuth
-"""
+_USES = {"server": "serverAuth", "client": "clientAuth"}
+_NAMES = {"server": "DNS:localhost, IP:127.0.0.1", "client": "URI:spiffe://test/client"}
 
 
 class Pair(NamedTuple):
@@ -35,21 +29,19 @@ class Authority:
             (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("openssl is not installed")
         self._folder, self._name = folder, name
         self.certificate, self._key = folder / f"{name}.pem", folder / f"{name}.key"
-        self._extensions = folder / f"{name}.cnf"
-        self._extensions.write_text(_EXTENSIONS)
         _openssl(
             "req", "-x509", *_KEY, "-keyout", self._key, "-out", self.certificate, "-days", 1, "-subj", f"/CN={name}"
         )
 
-    def issue(self, kind: str) -> Pair:
-        """For a `server` or a `client`."""
-        stem = self._folder / f"{self._name}-{kind}"
+    def issue(self, kind: str, names: str = "", called: str = "") -> Pair:
+        """For a `server` or a `client`, with other alternative names if they are given."""
+        stem = self._folder / f"{self._name}-{called or kind}"
         pair, request = Pair(stem.with_suffix(".pem"), stem.with_suffix(".key")), stem.with_suffix(".csr")
+        extensions = stem.with_suffix(".cnf")
+        extensions.write_text(f"subjectAltName = {names or _NAMES[kind]}\nextendedKeyUsage = {_USES[kind]}\n")
         _openssl("req", *_KEY, "-keyout", pair.key, "-out", request, "-subj", f"/CN={kind}")
         signed = ("-CA", self.certificate, "-CAkey", self._key, "-CAcreateserial", "-days", 1)
-        _openssl(
-            "x509", "-req", "-in", request, *signed, "-extfile", self._extensions, "-extensions", kind, "-out", pair[0]
-        )
+        _openssl("x509", "-req", "-in", request, *signed, "-extfile", extensions, "-out", pair[0])
         return pair
 
 

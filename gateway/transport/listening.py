@@ -15,13 +15,14 @@ SOCKET_MODE = 0o660  # who serves, and its group
 def prepare(settings: Settings) -> None:
     """Removes stale sockets. Raises InvalidArgument when one is in use, or a certificate is of no use."""
     if settings.tls_cert:
-        _check_certificates(settings)
+        check_certificates(settings)
     for address in settings.addresses:
         if address.startswith("unix:"):
             _remove_stale(Path(address.removeprefix("unix:")))
 
 
-def _check_certificates(settings: Settings) -> None:
+def check_certificates(settings: Settings) -> None:
+    """Raises InvalidArgument when they are of no use."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(settings.tls_cert, settings.tls_key, password=lambda: b"")
