@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
 
 import grpc
 import pytest
 import redis
 
+from entitlement.access import Entry, as_file, make_token
 from entitlement.account import HotGrant, Quota
 from entitlement.catalog import Feature
 from entitlement.periods import Recurrence
@@ -29,7 +31,7 @@ from entitlement.v1.gateway_pb2_grpc import EntitlementGatewayStub
 from tests.frontdoor_envoy import MAPPING, FrontEnvoy, Upstream, fetch, listening, put
 from tests.gateway_process import CREDIT, GatewayProcess, installed, prepare
 from tests.gateway_rig import CHANNEL, card, publish
-from tests.hot_stores import IMAGES, account
+from tests.hot_stores import IMAGES, TENANT, account
 from tests.servers import DEADLINE_S, ServerError, ServerProcess, ValkeyProcess, free_port
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -92,6 +94,36 @@ def test_what_is_passed_on_cannot_choose_another_door(gateway: GatewayProcess, c
         for method in ("GET", "POST"):
             answer = fetch(gateway.address, path, method, ASKED | {"content-type": content})
             assert (answer.status, answer.headers["x-entitlement-reason"]) == (403, "MISSING")
+
+
+def test_a_proxy_says_who_it_is_beside_its_own_callers(
+    valkey_server: ValkeyProcess, customer: Callable[..., str], tmp_path: Path
+) -> None:
+    """A 401 would ask those for credentials, and the token of theirs is not ours."""
+    given = {name: make_token(os.urandom) for name in ("proxy", "limited", "reader")}
+    more: dict[str, dict[str, Any]] = {"limited": {"customers": ("cust-*",)}, "reader": {"scopes": ("read",)}}
+    entries = [
+        Entry(
+            **{"name": name, "tenant": TENANT, "token": mark, "sha256": digest, "scopes": ("consume",)}
+            | more.get(name, {})
+        )
+        for name, (_, mark, digest) in given.items()
+    ]
+    (file := tmp_path / "access.yaml").write_text(as_file(entries))
+    (mapping := tmp_path / "mapping.yaml").write_text(MAPPING)
+    installed("envoy")
+    with GatewayProcess("envoy", valkey_server.url, frontdoor=mapping, access=file) as process:
+
+        def status(sent: dict[str, str]) -> tuple[int, str]:
+            answer = fetch(process.address, "/v1/authorize", "GET", headers(customer(10), x_cost="3") | sent)
+            return answer.status, answer.headers.get("x-entitlement-reason", "")
+
+        proxy = f"Bearer {given['proxy'][0]}"
+        assert status({"entitlement-authorization": proxy}) == (200, "")
+        assert status({"entitlement-authorization": proxy, "authorization": "Bearer of-the-caller"}) == (200, "")
+        assert status({}) == status({"authorization": proxy}) == (403, "UNAUTHENTICATED")
+        for name in ("limited", "reader"):
+            assert status({"entitlement-authorization": f"Bearer {given[name][0]}"}) == (403, "PERMISSION_DENIED")
 
 
 def test_denials_have_their_status_and_body(gateway: GatewayProcess, customer: Callable[..., str]) -> None:
