@@ -34,13 +34,15 @@ check: venv  ## style, types, import rules, freshness of generated code
 	$(BIN)/mypy --strict
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python .ci/stubs.py --check
+	$(BIN)/python .ci/api_reference.py --check
 
 format: venv  ## formats and sorts imports
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-proto: venv  ## the stubs from proto/
+proto: venv  ## the stubs and docs/api from proto/
 	$(BIN)/python .ci/stubs.py
+	$(BIN)/python .ci/api_reference.py
 
 LOCK := $(BIN)/uv pip compile pyproject.toml --constraint .ci/constraints.txt \
 	--universal --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet

@@ -61,18 +61,24 @@ class _Verdict:
 class _VerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verdict.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     VERDICT_UNSPECIFIED: _Verdict.ValueType  # 0
+    """not decided: see error"""
     VERDICT_ALLOW: _Verdict.ValueType  # 1
+    """all of it"""
     VERDICT_ALLOW_WITH_CAPS: _Verdict.ValueType  # 2
     """BEST_EFFORT granted less than asked"""
     VERDICT_DENY: _Verdict.ValueType  # 3
+    """nothing was consumed; reason says why"""
 
 class Verdict(_Verdict, metaclass=_VerdictEnumTypeWrapper): ...
 
 VERDICT_UNSPECIFIED: Verdict.ValueType  # 0
+"""not decided: see error"""
 VERDICT_ALLOW: Verdict.ValueType  # 1
+"""all of it"""
 VERDICT_ALLOW_WITH_CAPS: Verdict.ValueType  # 2
 """BEST_EFFORT granted less than asked"""
 VERDICT_DENY: Verdict.ValueType  # 3
+"""nothing was consumed; reason says why"""
 Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
 
 class _Reason:
@@ -82,52 +88,83 @@ class _Reason:
 class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     REASON_UNSPECIFIED: _Reason.ValueType  # 0
+    """it was not"""
     REASON_CUSTOMER_NOT_FOUND: _Reason.ValueType  # 1
+    """no such customer, or one without a contract"""
     REASON_SUBJECT_NOT_FOUND: _Reason.ValueType  # 2
+    """not given yet"""
     REASON_CUSTOMER_SUSPENDED: _Reason.ValueType  # 3
+    """suspended, closed, or no contract is in force now"""
     REASON_FEATURE_NOT_FOUND: _Reason.ValueType  # 4
+    """the catalogue has no such feature"""
     REASON_NO_ENTITLEMENT: _Reason.ValueType  # 5
+    """the contract does not list it"""
     REASON_INSUFFICIENT_CREDITS: _Reason.ValueType  # 6
+    """prepaid or trial: the grants that may pay for it do not cover it"""
     REASON_USAGE_LIMIT_REACHED: _Reason.ValueType  # 7
+    """a hard quota of the feature"""
     REASON_ARREARS_GATE: _Reason.ValueType  # 8
     """over the hard gate, 150 % of the allowance by default"""
     REASON_RATE_LIMITED: _Reason.ValueType  # 9
+    """not given yet"""
     REASON_ABUSE_HOLD: _Reason.ValueType  # 10
+    """not given yet"""
     REASON_PRICE_UNKNOWN: _Reason.ValueType  # 11
+    """no rate of the contract's card matches the line"""
     REASON_HOLD_NOT_FOUND: _Reason.ValueType  # 12
+    """no such hold of this customer"""
     REASON_HOLD_FINALIZED: _Reason.ValueType  # 13
+    """the hold has ended"""
     REASON_DEGRADED_DENY: _Reason.ValueType  # 14
     """failure policy while the hot store is away"""
     REASON_ACCOUNT_FROZEN: _Reason.ValueType  # 15
     """being rebuilt from the ledger"""
     REASON_SUBJECT_LIMIT_REACHED: _Reason.ValueType  # 16
+    """the subject's own limit, though its customer could pay"""
 
-class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper): ...
+class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
+    """Why a call was denied, or would have been (shadow)."""
 
 REASON_UNSPECIFIED: Reason.ValueType  # 0
+"""it was not"""
 REASON_CUSTOMER_NOT_FOUND: Reason.ValueType  # 1
+"""no such customer, or one without a contract"""
 REASON_SUBJECT_NOT_FOUND: Reason.ValueType  # 2
+"""not given yet"""
 REASON_CUSTOMER_SUSPENDED: Reason.ValueType  # 3
+"""suspended, closed, or no contract is in force now"""
 REASON_FEATURE_NOT_FOUND: Reason.ValueType  # 4
+"""the catalogue has no such feature"""
 REASON_NO_ENTITLEMENT: Reason.ValueType  # 5
+"""the contract does not list it"""
 REASON_INSUFFICIENT_CREDITS: Reason.ValueType  # 6
+"""prepaid or trial: the grants that may pay for it do not cover it"""
 REASON_USAGE_LIMIT_REACHED: Reason.ValueType  # 7
+"""a hard quota of the feature"""
 REASON_ARREARS_GATE: Reason.ValueType  # 8
 """over the hard gate, 150 % of the allowance by default"""
 REASON_RATE_LIMITED: Reason.ValueType  # 9
+"""not given yet"""
 REASON_ABUSE_HOLD: Reason.ValueType  # 10
+"""not given yet"""
 REASON_PRICE_UNKNOWN: Reason.ValueType  # 11
+"""no rate of the contract's card matches the line"""
 REASON_HOLD_NOT_FOUND: Reason.ValueType  # 12
+"""no such hold of this customer"""
 REASON_HOLD_FINALIZED: Reason.ValueType  # 13
+"""the hold has ended"""
 REASON_DEGRADED_DENY: Reason.ValueType  # 14
 """failure policy while the hot store is away"""
 REASON_ACCOUNT_FROZEN: Reason.ValueType  # 15
 """being rebuilt from the ledger"""
 REASON_SUBJECT_LIMIT_REACHED: Reason.ValueType  # 16
+"""the subject's own limit, though its customer could pay"""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
+    """A usage line."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -154,11 +191,12 @@ class Usage(_message.Message):
     QUANTITY_FIELD_NUMBER: _builtins.int
     DIMENSIONS_FIELD_NUMBER: _builtins.int
     feature: _builtins.str
+    """1..64 of a-z 0-9 . _ - with a letter first"""
     quantity: _builtins.int
-    """units of the feature's meter, >= 0"""
+    """units of the feature's meter, 0..10^15; some line of a call above 0"""
     @_builtins.property
     def dimensions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """pick the rate: model, token_type, region"""
+        """pick the rate: model, token_type, region. At most 8"""
 
     def __init__(
         self,
@@ -186,11 +224,13 @@ class CheckAndConsumeRequest(_message.Message):
     EVENT_TIME_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
-    """required; the id of the usage event, for ever"""
+    """Required; the id of the usage event, for ever and in the whole tenant: 1..128 of A-Z a-z 0-9 . _ ~ @ / + = -"""
     customer: _builtins.str
+    """required; who pays"""
     subject: _builtins.str
     """API key, user or workspace under the customer"""
     mode: Global___Mode.ValueType
+    """default: NORMAL"""
     @_builtins.property
     def usage(self) -> _containers.RepeatedCompositeFieldContainer[Global___Usage]:
         """1..16 lines"""
@@ -243,6 +283,7 @@ class CheckAndConsumeResponse(_message.Message):
     shadow: _builtins.bool
     """would have been denied; the feature is in shadow mode"""
     idempotency_key: _builtins.str
+    """of the request"""
     epoch: _builtins.int
     """with sequence: this decision's place in the account's journal"""
     sequence: _builtins.int
@@ -253,9 +294,13 @@ class CheckAndConsumeResponse(_message.Message):
         """one per usage line"""
 
     @_builtins.property
-    def balance(self) -> Global___Balance: ...
+    def balance(self) -> Global___Balance:
+        """right after this decision"""
+
     @_builtins.property
-    def retry_after(self) -> _duration_pb2.Duration: ...
+    def retry_after(self) -> _duration_pb2.Duration:
+        """not set yet: the end of a quota is its resets_at"""
+
     @_builtins.property
     def error(self) -> Global___CallError:
         """Batch and Stream only: this request was not decided, its neighbours were"""
@@ -296,6 +341,7 @@ class CallError(_message.Message):
     code: _builtins.int
     """google.rpc.Code"""
     message: _builtins.str
+    """field, problem, bound"""
     def __init__(
         self,
         *,
@@ -312,6 +358,8 @@ Global___CallError: _TypeAlias = CallError  # noqa: Y015
 
 @_typing.final
 class Consumed(_message.Message):
+    """What became of a usage line."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     FEATURE_FIELD_NUMBER: _builtins.int
@@ -321,9 +369,11 @@ class Consumed(_message.Message):
     VALUE_FIELD_NUMBER: _builtins.int
     feature: _builtins.str
     quantity: _builtins.int
+    """units granted; less than asked in BEST_EFFORT alone"""
     amount_nanos: _builtins.int
     """1e-9 of the credit type"""
     rate_card_version: _builtins.str
+    """that priced it"""
     value: _builtins.str
     """of a STATIC feature: the configuration handed out"""
     def __init__(
@@ -345,6 +395,8 @@ Global___Consumed: _TypeAlias = Consumed  # noqa: Y015
 
 @_typing.final
 class Balance(_message.Message):
+    """An account as decisions see it. Amounts are nanos: 1e-9 of the credit type."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CREDIT_TYPE_FIELD_NUMBER: _builtins.int
@@ -360,14 +412,17 @@ class Balance(_message.Message):
     credit_type: _builtins.str
     """"USD", "tokens", ..."""
     available_nanos: _builtins.int
-    """active grants - settled - held"""
+    """active grants - overage - held; calls are decided by it"""
     held_nanos: _builtins.int
+    """set aside by open holds"""
     settled_nanos: _builtins.int
     """in the current period"""
     overage_nanos: _builtins.int
+    """used beyond the grants"""
     gate_nanos: _builtins.int
     """how far below zero the hard gate lies"""
     epoch: _builtins.int
+    """with sequence: the place in the account's journal"""
     sequence: _builtins.int
     @_builtins.property
     def quotas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Quota]: ...
@@ -410,7 +465,9 @@ class SubjectLimit(_message.Message):
     """in the window"""
     limit_nanos: _builtins.int
     @_builtins.property
-    def resets_at(self) -> _timestamp_pb2.Timestamp: ...
+    def resets_at(self) -> _timestamp_pb2.Timestamp:
+        """when the window ends; unset: never"""
+
     def __init__(
         self,
         *,
@@ -438,10 +495,15 @@ class Quota(_message.Message):
     SOFT_FIELD_NUMBER: _builtins.int
     feature: _builtins.str
     used: _builtins.int
+    """units in the window"""
     limit: _builtins.int
+    """units"""
     soft: _builtins.bool
+    """counted, never denied"""
     @_builtins.property
-    def resets_at(self) -> _timestamp_pb2.Timestamp: ...
+    def resets_at(self) -> _timestamp_pb2.Timestamp:
+        """when the window ends; unset: never"""
+
     def __init__(
         self,
         *,
@@ -465,7 +527,9 @@ class CheckAndConsumeBatchRequest(_message.Message):
 
     REQUESTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___CheckAndConsumeRequest]: ...
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___CheckAndConsumeRequest]:
+        """1..1,000"""
+
     def __init__(
         self,
         *,
@@ -485,7 +549,9 @@ class CheckAndConsumeBatchResponse(_message.Message):
 
     RESPONSES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def responses(self) -> _containers.RepeatedCompositeFieldContainer[Global___CheckAndConsumeResponse]: ...
+    def responses(self) -> _containers.RepeatedCompositeFieldContainer[Global___CheckAndConsumeResponse]:
+        """in the order of the requests"""
+
     def __init__(
         self,
         *,
@@ -518,14 +584,16 @@ class ReserveRequest(_message.Message):
     """NORMAL or BEST_EFFORT"""
     @_builtins.property
     def usage(self) -> _containers.RepeatedCompositeFieldContainer[Global___Usage]:
-        """the most that may be used"""
+        """the most that may be used: 1..16 lines"""
 
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
         """default 60 s, 1 s..24 h, by the server's clock"""
 
     @_builtins.property
-    def event_time(self) -> _timestamp_pb2.Timestamp: ...
+    def event_time(self) -> _timestamp_pb2.Timestamp:
+        """default: now"""
+
     def __init__(
         self,
         *,
@@ -563,7 +631,9 @@ class ReserveResponse(_message.Message):
     degraded: _builtins.bool
     failed_feature: _builtins.str
     @_builtins.property
-    def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___Consumed]: ...
+    def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___Consumed]:
+        """one per usage line: what is set aside"""
+
     @_builtins.property
     def balance(self) -> Global___Balance: ...
     @_builtins.property
@@ -600,10 +670,15 @@ class ExtendRequest(_message.Message):
     hold_id: _builtins.str
     customer: _builtins.str
     idempotency_key: _builtins.str
+    """required with more"""
     @_builtins.property
-    def ttl(self) -> _duration_pb2.Duration: ...
+    def ttl(self) -> _duration_pb2.Duration:
+        """from now; default: as it was. At most 24 h after Reserve"""
+
     @_builtins.property
-    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___Usage]: ...
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___Usage]:
+        """set aside as well, all or none"""
+
     def __init__(
         self,
         *,
@@ -670,14 +745,17 @@ class SettleRequest(_message.Message):
     idempotency_key: _builtins.str
     """required; one per report"""
     final: _builtins.bool
+    """the last report: the rest is given back"""
     number: _builtins.int
     """Meter: this report's place in its stream, from 1 without a gap"""
     @_builtins.property
     def usage(self) -> _containers.RepeatedCompositeFieldContainer[Global___Usage]:
-        """used since the last report"""
+        """used since the last report: 0..16 lines, charged in full"""
 
     @_builtins.property
-    def event_time(self) -> _timestamp_pb2.Timestamp: ...
+    def event_time(self) -> _timestamp_pb2.Timestamp:
+        """default: now"""
+
     def __init__(
         self,
         *,
@@ -713,7 +791,9 @@ class SettleResponse(_message.Message):
     """the hold had expired; posted all the same"""
     replayed: _builtins.bool
     @_builtins.property
-    def consumed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Consumed]: ...
+    def consumed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Consumed]:
+        """one per usage line"""
+
     @_builtins.property
     def balance(self) -> Global___Balance: ...
     def __init__(
@@ -835,14 +915,20 @@ class MeterResponse(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         SIGNAL_UNSPECIFIED: MeterResponse._Signal.ValueType  # 0
         CONTINUE: MeterResponse._Signal.ValueType  # 1
+        """go on"""
         WIND_DOWN: MeterResponse._Signal.ValueType  # 2
+        """there is no more than what is held; reason says why"""
         STOP: MeterResponse._Signal.ValueType  # 3
+        """nothing is left, or nothing was granted"""
 
     class Signal(_Signal, metaclass=_SignalEnumTypeWrapper): ...
     SIGNAL_UNSPECIFIED: MeterResponse.Signal.ValueType  # 0
     CONTINUE: MeterResponse.Signal.ValueType  # 1
+    """go on"""
     WIND_DOWN: MeterResponse.Signal.ValueType  # 2
+    """there is no more than what is held; reason says why"""
     STOP: MeterResponse.Signal.ValueType  # 3
+    """nothing is left, or nothing was granted"""
 
     SIGNAL_FIELD_NUMBER: _builtins.int
     UNITS_LEFT_FIELD_NUMBER: _builtins.int
@@ -883,7 +969,9 @@ class GetBalanceRequest(_message.Message):
     AT_LEAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     customer: _builtins.str
     subject: _builtins.str
+    """whose limit to tell as well"""
     at_least_sequence: _builtins.int
+    """no older than this decision: waits up to 5 s, then UNAVAILABLE"""
     def __init__(
         self,
         *,
@@ -907,10 +995,13 @@ class GetBalanceResponse(_message.Message):
     AS_OF_FIELD_NUMBER: _builtins.int
     DEGRADED_FIELD_NUMBER: _builtins.int
     degraded: _builtins.bool
+    """not set yet"""
     @_builtins.property
     def balance(self) -> Global___Balance: ...
     @_builtins.property
-    def as_of(self) -> _timestamp_pb2.Timestamp: ...
+    def as_of(self) -> _timestamp_pb2.Timestamp:
+        """by the hot store's clock"""
+
     def __init__(
         self,
         *,

@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class EntitlementGatewayStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """Every method: INVALID_ARGUMENT names a field, its problem and its bound, and nothing was changed. UNAVAILABLE,
+    RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: send the same call with the same key again.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -87,10 +89,13 @@ class EntitlementGatewayStub(object):
 
 
 class EntitlementGatewayServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """Every method: INVALID_ARGUMENT names a field, its problem and its bound, and nothing was changed. UNAVAILABLE,
+    RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: send the same call with the same key again.
+    """
 
     def CheckAndConsume(self, request, context):
         """Decides and debits in one atomic step. A denial is an answer, never an error status.
+        ALREADY_EXISTS: the key was used with another payload.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,13 +117,15 @@ class EntitlementGatewayServicer(object):
 
     def Reserve(self, request, context):
         """Sets units aside when the final quantity is not known yet (an LLM answer).
+        ALREADY_EXISTS: the hold_id was used for another hold.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Extend(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Makes a hold last longer, or larger.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -131,7 +138,8 @@ class EntitlementGatewayServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Ends a hold without another report and gives back what is left. May be repeated.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -145,13 +153,14 @@ class EntitlementGatewayServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetBalance(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """What is left. NOT_FOUND: no such customer, or none with a contract.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchBalance(self, request, context):
-        """The balance now, then every change.
+        """The balance now, then every change, at most ten a second.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -219,7 +228,9 @@ def add_EntitlementGatewayServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EntitlementGateway(object):
-    """Missing associated documentation comment in .proto file."""
+    """Every method: INVALID_ARGUMENT names a field, its problem and its bound, and nothing was changed. UNAVAILABLE,
+    RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: send the same call with the same key again.
+    """
 
     @staticmethod
     def CheckAndConsume(request,

@@ -29,60 +29,88 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class EntitlementGatewayStub:
+    """Every method: INVALID_ARGUMENT names a field, its problem and its bound, and nothing was changed. UNAVAILABLE,
+    RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: send the same call with the same key again.
+    """
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EntitlementGatewayAsyncStub: ...
     CheckAndConsume: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.CheckAndConsumeRequest, _gateway_pb2.CheckAndConsumeResponse]
-    """Decides and debits in one atomic step. A denial is an answer, never an error status."""
+    """Decides and debits in one atomic step. A denial is an answer, never an error status.
+    ALREADY_EXISTS: the key was used with another payload.
+    """
     CheckAndConsumeBatch: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.CheckAndConsumeBatchRequest, _gateway_pb2.CheckAndConsumeBatchResponse]
     """Up to 1,000 independent decisions, answered in request order."""
     CheckAndConsumeStream: _grpc.StreamStreamMultiCallable[_gateway_pb2.CheckAndConsumeRequest, _gateway_pb2.CheckAndConsumeResponse]
     """As Batch on one long-lived stream; answers may come out of order, matched by idempotency_key."""
     Reserve: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.ReserveRequest, _gateway_pb2.ReserveResponse]
-    """Sets units aside when the final quantity is not known yet (an LLM answer)."""
+    """Sets units aside when the final quantity is not known yet (an LLM answer).
+    ALREADY_EXISTS: the hold_id was used for another hold.
+    """
     Extend: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.ExtendRequest, _gateway_pb2.ExtendResponse]
+    """Makes a hold last longer, or larger."""
     Settle: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.SettleRequest, _gateway_pb2.SettleResponse]
     """Charges what was really used. May be repeated; `final` closes the hold and gives the rest back."""
     Release: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.ReleaseRequest, _gateway_pb2.ReleaseResponse]
+    """Ends a hold without another report and gives back what is left. May be repeated."""
     Meter: _grpc.StreamStreamMultiCallable[_gateway_pb2.MeterRequest, _gateway_pb2.MeterResponse]
     """One LLM stream: report usage as it happens, be told CONTINUE, WIND_DOWN or STOP. Opened again with the same hold
     after a lost connection, it goes on after the report that it says is acknowledged.
     """
     GetBalance: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.GetBalanceRequest, _gateway_pb2.GetBalanceResponse]
+    """What is left. NOT_FOUND: no such customer, or none with a contract."""
     WatchBalance: _grpc.UnaryStreamMultiCallable[_gateway_pb2.GetBalanceRequest, _gateway_pb2.GetBalanceResponse]
-    """The balance now, then every change."""
+    """The balance now, then every change, at most ten a second."""
 
 @_typing.type_check_only
 class EntitlementGatewayAsyncStub(EntitlementGatewayStub):
+    """Every method: INVALID_ARGUMENT names a field, its problem and its bound, and nothing was changed. UNAVAILABLE,
+    RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: send the same call with the same key again.
+    """
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     CheckAndConsume: _aio.UnaryUnaryMultiCallable[_gateway_pb2.CheckAndConsumeRequest, _gateway_pb2.CheckAndConsumeResponse]  # type: ignore[assignment]
-    """Decides and debits in one atomic step. A denial is an answer, never an error status."""
+    """Decides and debits in one atomic step. A denial is an answer, never an error status.
+    ALREADY_EXISTS: the key was used with another payload.
+    """
     CheckAndConsumeBatch: _aio.UnaryUnaryMultiCallable[_gateway_pb2.CheckAndConsumeBatchRequest, _gateway_pb2.CheckAndConsumeBatchResponse]  # type: ignore[assignment]
     """Up to 1,000 independent decisions, answered in request order."""
     CheckAndConsumeStream: _aio.StreamStreamMultiCallable[_gateway_pb2.CheckAndConsumeRequest, _gateway_pb2.CheckAndConsumeResponse]  # type: ignore[assignment]
     """As Batch on one long-lived stream; answers may come out of order, matched by idempotency_key."""
     Reserve: _aio.UnaryUnaryMultiCallable[_gateway_pb2.ReserveRequest, _gateway_pb2.ReserveResponse]  # type: ignore[assignment]
-    """Sets units aside when the final quantity is not known yet (an LLM answer)."""
+    """Sets units aside when the final quantity is not known yet (an LLM answer).
+    ALREADY_EXISTS: the hold_id was used for another hold.
+    """
     Extend: _aio.UnaryUnaryMultiCallable[_gateway_pb2.ExtendRequest, _gateway_pb2.ExtendResponse]  # type: ignore[assignment]
+    """Makes a hold last longer, or larger."""
     Settle: _aio.UnaryUnaryMultiCallable[_gateway_pb2.SettleRequest, _gateway_pb2.SettleResponse]  # type: ignore[assignment]
     """Charges what was really used. May be repeated; `final` closes the hold and gives the rest back."""
     Release: _aio.UnaryUnaryMultiCallable[_gateway_pb2.ReleaseRequest, _gateway_pb2.ReleaseResponse]  # type: ignore[assignment]
+    """Ends a hold without another report and gives back what is left. May be repeated."""
     Meter: _aio.StreamStreamMultiCallable[_gateway_pb2.MeterRequest, _gateway_pb2.MeterResponse]  # type: ignore[assignment]
     """One LLM stream: report usage as it happens, be told CONTINUE, WIND_DOWN or STOP. Opened again with the same hold
     after a lost connection, it goes on after the report that it says is acknowledged.
     """
     GetBalance: _aio.UnaryUnaryMultiCallable[_gateway_pb2.GetBalanceRequest, _gateway_pb2.GetBalanceResponse]  # type: ignore[assignment]
+    """What is left. NOT_FOUND: no such customer, or none with a contract."""
     WatchBalance: _aio.UnaryStreamMultiCallable[_gateway_pb2.GetBalanceRequest, _gateway_pb2.GetBalanceResponse]  # type: ignore[assignment]
-    """The balance now, then every change."""
+    """The balance now, then every change, at most ten a second."""
 
 class EntitlementGatewayServicer:
+    """Every method: INVALID_ARGUMENT names a field, its problem and its bound, and nothing was changed. UNAVAILABLE,
+    RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: send the same call with the same key again.
+    """
+
     def CheckAndConsume(
         self,
         request: _gateway_pb2.CheckAndConsumeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_gateway_pb2.CheckAndConsumeResponse, _abc.Awaitable[_gateway_pb2.CheckAndConsumeResponse]]:
-        """Decides and debits in one atomic step. A denial is an answer, never an error status."""
+        """Decides and debits in one atomic step. A denial is an answer, never an error status.
+        ALREADY_EXISTS: the key was used with another payload.
+        """
 
     def CheckAndConsumeBatch(
         self,
@@ -103,13 +131,16 @@ class EntitlementGatewayServicer:
         request: _gateway_pb2.ReserveRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_gateway_pb2.ReserveResponse, _abc.Awaitable[_gateway_pb2.ReserveResponse]]:
-        """Sets units aside when the final quantity is not known yet (an LLM answer)."""
+        """Sets units aside when the final quantity is not known yet (an LLM answer).
+        ALREADY_EXISTS: the hold_id was used for another hold.
+        """
 
     def Extend(
         self,
         request: _gateway_pb2.ExtendRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_gateway_pb2.ExtendResponse, _abc.Awaitable[_gateway_pb2.ExtendResponse]]: ...
+    ) -> _typing.Union[_gateway_pb2.ExtendResponse, _abc.Awaitable[_gateway_pb2.ExtendResponse]]:
+        """Makes a hold last longer, or larger."""
 
     def Settle(
         self,
@@ -122,7 +153,8 @@ class EntitlementGatewayServicer:
         self,
         request: _gateway_pb2.ReleaseRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_gateway_pb2.ReleaseResponse, _abc.Awaitable[_gateway_pb2.ReleaseResponse]]: ...
+    ) -> _typing.Union[_gateway_pb2.ReleaseResponse, _abc.Awaitable[_gateway_pb2.ReleaseResponse]]:
+        """Ends a hold without another report and gives back what is left. May be repeated."""
 
     def Meter(
         self,
@@ -137,13 +169,14 @@ class EntitlementGatewayServicer:
         self,
         request: _gateway_pb2.GetBalanceRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_gateway_pb2.GetBalanceResponse, _abc.Awaitable[_gateway_pb2.GetBalanceResponse]]: ...
+    ) -> _typing.Union[_gateway_pb2.GetBalanceResponse, _abc.Awaitable[_gateway_pb2.GetBalanceResponse]]:
+        """What is left. NOT_FOUND: no such customer, or none with a contract."""
 
     def WatchBalance(
         self,
         request: _gateway_pb2.GetBalanceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_gateway_pb2.GetBalanceResponse], _abc.AsyncIterator[_gateway_pb2.GetBalanceResponse]]:
-        """The balance now, then every change."""
+        """The balance now, then every change, at most ten a second."""
 
 def add_EntitlementGatewayServicer_to_server(servicer: EntitlementGatewayServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

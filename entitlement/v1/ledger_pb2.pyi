@@ -30,7 +30,9 @@ class _Recurrence:
 class _RecurrenceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Recurrence.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     RECURRENCE_UNSPECIFIED: _Recurrence.ValueType  # 0
+    """the field's default"""
     NEVER: _Recurrence.ValueType  # 1
+    """once; a window without end"""
     HOUR: _Recurrence.ValueType  # 2
     DAY: _Recurrence.ValueType  # 3
     WEEK: _Recurrence.ValueType  # 4
@@ -40,7 +42,9 @@ class _RecurrenceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Recurrence
 class Recurrence(_Recurrence, metaclass=_RecurrenceEnumTypeWrapper): ...
 
 RECURRENCE_UNSPECIFIED: Recurrence.ValueType  # 0
+"""the field's default"""
 NEVER: Recurrence.ValueType  # 1
+"""once; a window without end"""
 HOUR: Recurrence.ValueType  # 2
 DAY: Recurrence.ValueType  # 3
 WEEK: Recurrence.ValueType  # 4
@@ -59,15 +63,23 @@ class Feature(_message.Message):
     class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Feature._Kind.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         KIND_UNSPECIFIED: Feature._Kind.ValueType  # 0
+        """METERED"""
         METERED: Feature._Kind.ValueType  # 1
+        """used and counted in whole units"""
         BOOLEAN: Feature._Kind.ValueType  # 2
+        """a customer has it or has not"""
         STATIC: Feature._Kind.ValueType  # 3
+        """those who have it are handed its value"""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     KIND_UNSPECIFIED: Feature.Kind.ValueType  # 0
+    """METERED"""
     METERED: Feature.Kind.ValueType  # 1
+    """used and counted in whole units"""
     BOOLEAN: Feature.Kind.ValueType  # 2
+    """a customer has it or has not"""
     STATIC: Feature.Kind.ValueType  # 3
+    """those who have it are handed its value"""
 
     class _Durability:
         ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -76,19 +88,25 @@ class Feature(_message.Message):
     class _DurabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Feature._Durability.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         DURABILITY_UNSPECIFIED: Feature._Durability.ValueType  # 0
+        """as the gateway is set"""
         REDIS: Feature._Durability.ValueType  # 1
+        """the hot store alone, whose failover loses the end of what was granted"""
         RECEIPT: Feature._Durability.ValueType  # 2
+        """the gateway's own disk too"""
         RECEIPT_REPLICA: Feature._Durability.ValueType  # 3
+        """and a replica"""
 
     class Durability(_Durability, metaclass=_DurabilityEnumTypeWrapper):
-        """What a grant rests on before it is answered; unspecified: as the gateway is set. REDIS: the hot store alone, whose
-        failover loses the end of what was granted. RECEIPT: the gateway's own disk too. RECEIPT_REPLICA: and a replica.
-        """
+        """What a grant rests on before it is answered."""
 
     DURABILITY_UNSPECIFIED: Feature.Durability.ValueType  # 0
+    """as the gateway is set"""
     REDIS: Feature.Durability.ValueType  # 1
+    """the hot store alone, whose failover loses the end of what was granted"""
     RECEIPT: Feature.Durability.ValueType  # 2
+    """the gateway's own disk too"""
     RECEIPT_REPLICA: Feature.Durability.ValueType  # 3
+    """and a replica"""
 
     KEY_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
@@ -97,13 +115,14 @@ class Feature(_message.Message):
     VALUE_FIELD_NUMBER: _builtins.int
     DURABILITY_FIELD_NUMBER: _builtins.int
     key: _builtins.str
+    """1..64 of a-z 0-9 . _ - with a letter first"""
     kind: Global___Feature.Kind.ValueType
     unit: _builtins.str
-    """"token", "request" """
+    """"token", "request"; for people, at most 64 bytes"""
     shadow: _builtins.bool
     """decide and record, never deny"""
     value: _builtins.str
-    """STATIC: the configuration handed out"""
+    """STATIC: the configuration handed out, at most 1,024 bytes"""
     durability: Global___Feature.Durability.ValueType
     def __init__(
         self,
@@ -131,8 +150,11 @@ class Tier(_message.Message):
     PRICE_NANOS_FIELD_NUMBER: _builtins.int
     FLAT_NANOS_FIELD_NUMBER: _builtins.int
     up_to: _builtins.int
+    """the last unit of it, above the tier before; 0: no end, of the last one"""
     price_nanos: _builtins.int
+    """for `per` units, 0..10^12"""
     flat_nanos: _builtins.int
+    """once, when the tier is begun: 0..10^15"""
     def __init__(
         self,
         *,
@@ -159,17 +181,27 @@ class Rate(_message.Message):
     class _ModelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Rate._Model.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         MODEL_UNSPECIFIED: Rate._Model.ValueType  # 0
+        """PER_UNIT"""
         PER_UNIT: Rate._Model.ValueType  # 1
+        """one price"""
         GRADUATED: Rate._Model.ValueType  # 2
+        """each unit by the tier that it falls into"""
         VOLUME: Rate._Model.ValueType  # 3
+        """all units by the tier that the last one falls into"""
         PACKAGE: Rate._Model.ValueType  # 4
+        """every begun package of `per` units"""
 
     class Model(_Model, metaclass=_ModelEnumTypeWrapper): ...
     MODEL_UNSPECIFIED: Rate.Model.ValueType  # 0
+    """PER_UNIT"""
     PER_UNIT: Rate.Model.ValueType  # 1
+    """one price"""
     GRADUATED: Rate.Model.ValueType  # 2
+    """each unit by the tier that it falls into"""
     VOLUME: Rate.Model.ValueType  # 3
+    """all units by the tier that the last one falls into"""
     PACKAGE: Rate.Model.ValueType  # 4
+    """every begun package of `per` units"""
 
     @_typing.final
     class MatchEntry(_message.Message):
@@ -199,14 +231,14 @@ class Rate(_message.Message):
     feature: _builtins.str
     model: Global___Rate.Model.ValueType
     per: _builtins.int
-    """the price is for this many units, e.g. 1,000,000 tokens"""
+    """the price is for this many units, e.g. 1,000,000 tokens: 1..10^9, default 1"""
     @_builtins.property
     def match(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """dimensions; the most specific match wins"""
 
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tier]:
-        """PER_UNIT and PACKAGE: one"""
+        """PER_UNIT and PACKAGE: one; else 1..20, ascending"""
 
     def __init__(
         self,
@@ -238,12 +270,15 @@ class RateCard(_message.Message):
     version: _builtins.str
     """set by the server"""
     credit_type: _builtins.str
+    """"USD"; that of a card never changes"""
     @_builtins.property
     def effective_at(self) -> _timestamp_pb2.Timestamp:
-        """may lie in the past: see PreviewRerate"""
+        """may lie in the past: see PreviewRerate. Default: now; a first one, ever"""
 
     @_builtins.property
-    def rates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rate]: ...
+    def rates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rate]:
+        """1..1,000"""
+
     def __init__(
         self,
         *,
@@ -272,25 +307,35 @@ class Customer(_message.Message):
     class _StatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Customer._Status.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         STATUS_UNSPECIFIED: Customer._Status.ValueType  # 0
+        """ACTIVE"""
         ACTIVE: Customer._Status.ValueType  # 1
         SUSPENDED: Customer._Status.ValueType  # 2
+        """calls are denied"""
         CLOSED: Customer._Status.ValueType  # 3
+        """calls are denied"""
 
     class Status(_Status, metaclass=_StatusEnumTypeWrapper): ...
     STATUS_UNSPECIFIED: Customer.Status.ValueType  # 0
+    """ACTIVE"""
     ACTIVE: Customer.Status.ValueType  # 1
     SUSPENDED: Customer.Status.ValueType  # 2
+    """calls are denied"""
     CLOSED: Customer.Status.ValueType  # 3
+    """calls are denied"""
 
     ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     SUBJECTS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
+    """1..128 of A-Z a-z 0-9 . _ ~ @ / + = -"""
     name: _builtins.str
+    """at most 256 bytes"""
     status: Global___Customer.Status.ValueType
     @_builtins.property
-    def subjects(self) -> _containers.RepeatedCompositeFieldContainer[Global___Subject]: ...
+    def subjects(self) -> _containers.RepeatedCompositeFieldContainer[Global___Subject]:
+        """at most 1,000; one that is not listed has no limit of its own"""
+
     def __init__(
         self,
         *,
@@ -309,6 +354,8 @@ Global___Customer: _TypeAlias = Customer  # noqa: Y015
 
 @_typing.final
 class Subject(_message.Message):
+    """A key, user or workspace under a customer."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
@@ -316,7 +363,9 @@ class Subject(_message.Message):
     PERIOD_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     limit_nanos: _builtins.int
+    """the most that it may use of the customer's credit in a window; 0: no limit"""
     period: Global___Recurrence.ValueType
+    """the window; default MONTH"""
     def __init__(
         self,
         *,
@@ -342,8 +391,11 @@ class QuotaLimit(_message.Message):
     SOFT_FIELD_NUMBER: _builtins.int
     feature: _builtins.str
     limit: _builtins.int
+    """units, 0..2^53 - 1"""
     period: Global___Recurrence.ValueType
+    """the window; default MONTH"""
     soft: _builtins.bool
+    """count, never deny"""
     def __init__(
         self,
         *,
@@ -366,6 +418,7 @@ class Threshold(_message.Message):
 
     PERCENT_FIELD_NUMBER: _builtins.int
     percent: _builtins.int
+    """of the cycle's allowance, 1..1,000: 80, 90, 100, 150"""
     def __init__(
         self,
         *,
@@ -390,13 +443,19 @@ class FailurePolicy(_message.Message):
     class _ActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[FailurePolicy._Action.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         ACTION_UNSPECIFIED: FailurePolicy._Action.ValueType  # 0
+        """TERMINATE"""
         TERMINATE: FailurePolicy._Action.ValueType  # 1
+        """nothing is granted while the hot store is away"""
         CONTINUE: FailurePolicy._Action.ValueType  # 2
+        """up to the allowance, in each gateway"""
 
     class Action(_Action, metaclass=_ActionEnumTypeWrapper): ...
     ACTION_UNSPECIFIED: FailurePolicy.Action.ValueType  # 0
+    """TERMINATE"""
     TERMINATE: FailurePolicy.Action.ValueType  # 1
+    """nothing is granted while the hot store is away"""
     CONTINUE: FailurePolicy.Action.ValueType  # 2
+    """up to the allowance, in each gateway"""
 
     ACTION_FIELD_NUMBER: _builtins.int
     ALLOWANCE_NANOS_FIELD_NUMBER: _builtins.int
@@ -428,15 +487,23 @@ class Contract(_message.Message):
     class _BillingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Contract._Billing.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         BILLING_UNSPECIFIED: Contract._Billing.ValueType  # 0
+        """PREPAID"""
         PREPAID: Contract._Billing.ValueType  # 1
+        """denied when the grants are used up"""
         ARREARS: Contract._Billing.ValueType  # 2
+        """denied at the gate; what is beyond the grants is due"""
         TRIAL: Contract._Billing.ValueType  # 3
+        """as PREPAID"""
 
     class Billing(_Billing, metaclass=_BillingEnumTypeWrapper): ...
     BILLING_UNSPECIFIED: Contract.Billing.ValueType  # 0
+    """PREPAID"""
     PREPAID: Contract.Billing.ValueType  # 1
+    """denied when the grants are used up"""
     ARREARS: Contract.Billing.ValueType  # 2
+    """denied at the gate; what is beyond the grants is due"""
     TRIAL: Contract.Billing.ValueType  # 3
+    """as PREPAID"""
 
     ID_FIELD_NUMBER: _builtins.int
     CUSTOMER_FIELD_NUMBER: _builtins.int
@@ -464,30 +531,47 @@ class Contract(_message.Message):
     gate_percent: _builtins.int
     """hard gate, percent of the allowance; 150 by default in ARREARS, 100 otherwise"""
     period: Global___Recurrence.ValueType
+    """of billing; default MONTH"""
     seats: _builtins.int
+    """0..10,000,000"""
     allowance_per_seat_nanos: _builtins.int
     """hybrid: seats with an allotment, then usage"""
     minimum_commit_nanos: _builtins.int
+    """what a period costs at least"""
     allowance_nanos: _builtins.int
     """a credit line added to each cycle's allowance, beyond the grants (ARREARS)"""
     @_builtins.property
-    def overrides(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rate]: ...
-    @_builtins.property
-    def thresholds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Threshold]: ...
-    @_builtins.property
-    def quotas(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuotaLimit]: ...
-    @_builtins.property
-    def entitled_features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """empty: all"""
+    def overrides(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rate]:
+        """win over the card's with the same feature and match; at most 1,000"""
 
     @_builtins.property
-    def effective_at(self) -> _timestamp_pb2.Timestamp: ...
+    def thresholds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Threshold]:
+        """at most 16; default 80, 90, 100, 150"""
+
     @_builtins.property
-    def ends_at(self) -> _timestamp_pb2.Timestamp: ...
+    def quotas(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuotaLimit]:
+        """at most 64"""
+
     @_builtins.property
-    def anchor(self) -> _timestamp_pb2.Timestamp: ...
+    def entitled_features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """empty: all. At most 256"""
+
     @_builtins.property
-    def failure_policy(self) -> Global___FailurePolicy: ...
+    def effective_at(self) -> _timestamp_pb2.Timestamp:
+        """default: now"""
+
+    @_builtins.property
+    def ends_at(self) -> _timestamp_pb2.Timestamp:
+        """unset: open"""
+
+    @_builtins.property
+    def anchor(self) -> _timestamp_pb2.Timestamp:
+        """periods are counted from it"""
+
+    @_builtins.property
+    def failure_policy(self) -> Global___FailurePolicy:
+        """default: TERMINATE"""
+
     @_builtins.property
     def top_up(self) -> Global___TopUp:
         """credit that is bought when it runs low"""
@@ -534,26 +618,31 @@ class TopUp(_message.Message):
     class _ViaEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[TopUp._Via.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         VIA_UNSPECIFIED: TopUp._Via.ValueType  # 0
+        """DIRECT"""
         DIRECT: TopUp._Via.ValueType  # 1
+        """creates the grant"""
         WEBHOOK: TopUp._Via.ValueType  # 2
+        """asks for it, and the answer creates it"""
 
     class Via(_Via, metaclass=_ViaEnumTypeWrapper): ...
     VIA_UNSPECIFIED: TopUp.Via.ValueType  # 0
+    """DIRECT"""
     DIRECT: TopUp.Via.ValueType  # 1
+    """creates the grant"""
     WEBHOOK: TopUp.Via.ValueType  # 2
+    """asks for it, and the answer creates it"""
 
     BELOW_NANOS_FIELD_NUMBER: _builtins.int
     AMOUNT_NANOS_FIELD_NUMBER: _builtins.int
     MONTHLY_CAP_NANOS_FIELD_NUMBER: _builtins.int
     VIA_FIELD_NUMBER: _builtins.int
     below_nanos: _builtins.int
-    """bought when what is available falls below this"""
+    """bought when what is available falls below this; 1 or more"""
     amount_nanos: _builtins.int
-    """of each top-up"""
+    """of each top-up; 1 or more"""
     monthly_cap_nanos: _builtins.int
     """of all in a calendar month (UTC); 0: none"""
     via: Global___TopUp.Via.ValueType
-    """DIRECT creates the grant; WEBHOOK asks for it, and the answer creates it"""
     def __init__(
         self,
         *,
@@ -581,6 +670,7 @@ class Grant(_message.Message):
     class _CategoryEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Grant._Category.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         CATEGORY_UNSPECIFIED: Grant._Category.ValueType  # 0
+        """PAID; of a recurring one ALLOTMENT"""
         PAID: Grant._Category.ValueType  # 1
         PROMOTIONAL: Grant._Category.ValueType  # 2
         TRIAL_CREDIT: Grant._Category.ValueType  # 3
@@ -588,6 +678,7 @@ class Grant(_message.Message):
 
     class Category(_Category, metaclass=_CategoryEnumTypeWrapper): ...
     CATEGORY_UNSPECIFIED: Grant.Category.ValueType  # 0
+    """PAID; of a recurring one ALLOTMENT"""
     PAID: Grant.Category.ValueType  # 1
     PROMOTIONAL: Grant.Category.ValueType  # 2
     TRIAL_CREDIT: Grant.Category.ValueType  # 3
@@ -608,25 +699,34 @@ class Grant(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     VOIDED_AT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
+    """yours; one that recurs: at most 100 characters"""
     customer: _builtins.str
     amount_nanos: _builtins.int
+    """1 or more; of a recurring one: of each allotment"""
     category: Global___Grant.Category.ValueType
     priority: _builtins.int
-    """lower burns first"""
+    """lower burns first; default 0"""
     recurrence: Global___Recurrence.ValueType
+    """default: NEVER"""
     rollover_max_nanos: _builtins.int
+    """recurring: the most that goes on into the next period"""
     remaining_nanos: _builtins.int
     """set by the server"""
     note: _builtins.str
+    """at most 256 bytes"""
     source: _builtins.str
     """set by the server: the recurring grant (or contract) that issued it"""
     @_builtins.property
-    def effective_at(self) -> _timestamp_pb2.Timestamp: ...
+    def effective_at(self) -> _timestamp_pb2.Timestamp:
+        """default: now"""
+
     @_builtins.property
-    def expires_at(self) -> _timestamp_pb2.Timestamp: ...
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """unset: never"""
+
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """empty: all"""
+        """empty: all. At most 64"""
 
     @_builtins.property
     def voided_at(self) -> _timestamp_pb2.Timestamp:
@@ -666,6 +766,7 @@ class VoidGrantRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     reason: _builtins.str
+    """for the audit log, at most 256 bytes"""
     def __init__(
         self,
         *,
@@ -687,8 +788,11 @@ class RecordUsageRequest(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     BACKFILL_ID_FIELD_NUMBER: _builtins.int
     backfill_id: _builtins.str
+    """gathers them until CloseBackfill; at most 100,000"""
     @_builtins.property
-    def events(self) -> _containers.RepeatedCompositeFieldContainer[_gateway_pb2.CheckAndConsumeRequest]: ...
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[_gateway_pb2.CheckAndConsumeRequest]:
+        """1..1,000; 35 days back, ten years with a backfill_id"""
+
     def __init__(
         self,
         *,
@@ -711,9 +815,13 @@ class RecordUsageResponse(_message.Message):
     DUPLICATES_FIELD_NUMBER: _builtins.int
     REJECTED_FIELD_NUMBER: _builtins.int
     recorded: _builtins.int
+    """events that are new"""
     duplicates: _builtins.int
+    """events whose key was there"""
     @_builtins.property
-    def rejected(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rejected]: ...
+    def rejected(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rejected]:
+        """events with a fault of their own"""
+
     def __init__(
         self,
         *,
@@ -737,6 +845,7 @@ class BackfillRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     reason: _builtins.str
+    """for the audit log"""
     def __init__(
         self,
         *,
@@ -763,14 +872,20 @@ class Backfill(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         STATUS_UNSPECIFIED: Backfill._Status.ValueType  # 0
         OPEN: Backfill._Status.ValueType  # 1
+        """gathers"""
         CLOSED: Backfill._Status.ValueType  # 2
+        """in the ledger"""
         REVERTED: Backfill._Status.ValueType  # 3
+        """taken back"""
 
     class Status(_Status, metaclass=_StatusEnumTypeWrapper): ...
     STATUS_UNSPECIFIED: Backfill.Status.ValueType  # 0
     OPEN: Backfill.Status.ValueType  # 1
+    """gathers"""
     CLOSED: Backfill.Status.ValueType  # 2
+    """in the ledger"""
     REVERTED: Backfill.Status.ValueType  # 3
+    """taken back"""
 
     ID_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
@@ -786,10 +901,13 @@ class Backfill(_message.Message):
     recorded: _builtins.int
     """in the ledger"""
     duplicates: _builtins.int
+    """charged before by other traffic"""
     amount_nanos: _builtins.int
     """booked, after a revert 0"""
     @_builtins.property
-    def rejected(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rejected]: ...
+    def rejected(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rejected]:
+        """the first 1,000"""
+
     def __init__(
         self,
         *,
@@ -817,6 +935,7 @@ class Rejected(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
     error: _builtins.str
+    """field, problem, bound"""
     def __init__(
         self,
         *,
@@ -842,11 +961,16 @@ class RerateRequest(_message.Message):
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     ADJUST_FINAL_FIELD_NUMBER: _builtins.int
     customer: _builtins.str
+    """empty: all"""
     rate_card: _builtins.str
     idempotency_key: _builtins.str
+    """required to book"""
     adjust_final: _builtins.bool
+    """differences of final periods land in the open one"""
     @_builtins.property
-    def to(self) -> _timestamp_pb2.Timestamp: ...
+    def to(self) -> _timestamp_pb2.Timestamp:
+        """exclusive; default: now. At most 400 days after from"""
+
     def __init__(
         self,
         *,
@@ -872,7 +996,9 @@ class RerateReport(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     DELTA_NANOS_FIELD_NUMBER: _builtins.int
     events: _builtins.int
+    """booked anew, or would be"""
     delta_nanos: _builtins.int
+    """after - before"""
     @_builtins.property
     def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___RerateLine]: ...
     def __init__(
@@ -930,8 +1056,11 @@ class GetInvoiceRequest(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     customer: _builtins.str
     id: _builtins.str
+    """of a final or void one, instead of customer and at"""
     @_builtins.property
-    def at(self) -> _timestamp_pb2.Timestamp: ...
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """a time in the period; default: now"""
+
     def __init__(
         self,
         *,
@@ -955,6 +1084,7 @@ class VoidInvoiceRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     reason: _builtins.str
+    """at most 256 bytes"""
     def __init__(
         self,
         *,
@@ -976,6 +1106,7 @@ class ListInvoicesResponse(_message.Message):
     INVOICES_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
+    """empty: the last page"""
     @_builtins.property
     def invoices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Invoice]: ...
     def __init__(
@@ -1004,14 +1135,20 @@ class Invoice(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         STATUS_UNSPECIFIED: Invoice._Status.ValueType  # 0
         DRAFT: Invoice._Status.ValueType  # 1
+        """what the ledger has settled until now"""
         FINAL: Invoice._Status.ValueType  # 2
+        """of a period that ended; never rewritten"""
         VOID: Invoice._Status.ValueType  # 3
+        """taken back; another one replaces it"""
 
     class Status(_Status, metaclass=_StatusEnumTypeWrapper): ...
     STATUS_UNSPECIFIED: Invoice.Status.ValueType  # 0
     DRAFT: Invoice.Status.ValueType  # 1
+    """what the ledger has settled until now"""
     FINAL: Invoice.Status.ValueType  # 2
+    """of a period that ended; never rewritten"""
     VOID: Invoice.Status.ValueType  # 3
+    """taken back; another one replaces it"""
 
     ID_FIELD_NUMBER: _builtins.int
     CUSTOMER_FIELD_NUMBER: _builtins.int
@@ -1029,11 +1166,15 @@ class Invoice(_message.Message):
     VOIDED_AT_FIELD_NUMBER: _builtins.int
     VOID_REASON_FIELD_NUMBER: _builtins.int
     id: _builtins.str
+    """of a draft empty"""
     customer: _builtins.str
     status: Global___Invoice.Status.ValueType
     total_nanos: _builtins.int
+    """sum of the lines"""
     credits_applied_nanos: _builtins.int
+    """what grants have paid"""
     due_nanos: _builtins.int
+    """total - credits applied"""
     credit_type: _builtins.str
     minimum_commit_nanos: _builtins.int
     """the true-up: what usage lacked of the minimum commit; a part of due"""
@@ -1043,7 +1184,9 @@ class Invoice(_message.Message):
     @_builtins.property
     def period_start(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
-    def period_end(self) -> _timestamp_pb2.Timestamp: ...
+    def period_end(self) -> _timestamp_pb2.Timestamp:
+        """exclusive"""
+
     @_builtins.property
     def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___InvoiceLine]: ...
     @_builtins.property
@@ -1112,13 +1255,19 @@ class InvoiceLine(_message.Message):
     TIERS_FIELD_NUMBER: _builtins.int
     feature: _builtins.str
     quantity: _builtins.int
+    """units"""
     amount_nanos: _builtins.int
+    """may be below zero where usage was corrected"""
     rate_card_version: _builtins.str
+    """in force at the period's end"""
     text: _builtins.str
+    """for people"""
     adjusts: _builtins.str
     """the final invoice of that period"""
     @_builtins.property
-    def dimensions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def dimensions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """that its rate matches"""
+
     @_builtins.property
     def period_start(self) -> _timestamp_pb2.Timestamp:
         """of the usage, when it is not the invoice's own"""
@@ -1158,7 +1307,9 @@ class InvoiceTier(_message.Message):
     FLAT_NANOS_FIELD_NUMBER: _builtins.int
     AMOUNT_NANOS_FIELD_NUMBER: _builtins.int
     quantity: _builtins.int
+    """units in it"""
     price_nanos: _builtins.int
+    """for `per` units"""
     per: _builtins.int
     flat_nanos: _builtins.int
     amount_nanos: _builtins.int
@@ -1193,9 +1344,11 @@ class DeadLetter(_message.Message):
     id: _builtins.int
     event_id: _builtins.str
     type: _builtins.str
+    """of event"""
     customer: _builtins.str
     attempts: _builtins.int
     error: _builtins.str
+    """of the last attempt"""
     @_builtins.property
     def failed_at(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -1224,6 +1377,7 @@ class ListDeadLettersResponse(_message.Message):
     DEAD_LETTERS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
+    """empty: the last page"""
     @_builtins.property
     def dead_letters(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeadLetter]: ...
     def __init__(
@@ -1246,7 +1400,9 @@ class RetryDeadLettersRequest(_message.Message):
 
     IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """empty: all"""
+
     def __init__(
         self,
         *,
@@ -1281,6 +1437,8 @@ Global___RetryDeadLettersResponse: _TypeAlias = RetryDeadLettersResponse  # noqa
 
 @_typing.final
 class ListRequest(_message.Message):
+    """A filter that a listing does not have is refused."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CUSTOMER_FIELD_NUMBER: _builtins.int
@@ -1289,10 +1447,15 @@ class ListRequest(_message.Message):
     FROM_FIELD_NUMBER: _builtins.int
     TO_FIELD_NUMBER: _builtins.int
     customer: _builtins.str
+    """contracts, grants, invoices, transactions, dead letters, quarantine"""
     page_size: _builtins.int
+    """1..1,000, default 100"""
     page_token: _builtins.str
+    """next_page_token of the page before"""
     @_builtins.property
-    def to(self) -> _timestamp_pb2.Timestamp: ...
+    def to(self) -> _timestamp_pb2.Timestamp:
+        """exclusive"""
+
     def __init__(
         self,
         *,
@@ -1316,6 +1479,7 @@ class ListFeaturesResponse(_message.Message):
     FEATURES_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
+    """empty: the last page"""
     @_builtins.property
     def features(self) -> _containers.RepeatedCompositeFieldContainer[Global___Feature]: ...
     def __init__(
@@ -1339,6 +1503,7 @@ class ListRateCardsResponse(_message.Message):
     RATE_CARDS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
+    """empty: the last page"""
     @_builtins.property
     def rate_cards(self) -> _containers.RepeatedCompositeFieldContainer[Global___RateCard]: ...
     def __init__(
@@ -1362,6 +1527,7 @@ class ListCustomersResponse(_message.Message):
     CUSTOMERS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
+    """empty: the last page"""
     @_builtins.property
     def customers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Customer]: ...
     def __init__(
@@ -1385,6 +1551,7 @@ class ListContractsResponse(_message.Message):
     CONTRACTS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
+    """empty: the last page"""
     @_builtins.property
     def contracts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Contract]: ...
     def __init__(
@@ -1408,6 +1575,7 @@ class ListGrantsResponse(_message.Message):
     GRANTS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
+    """empty: the last page"""
     @_builtins.property
     def grants(self) -> _containers.RepeatedCompositeFieldContainer[Global___Grant]: ...
     def __init__(
@@ -1431,6 +1599,7 @@ class ListTransactionsResponse(_message.Message):
     TRANSACTIONS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
+    """empty: the last page"""
     @_builtins.property
     def transactions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Transaction]: ...
     def __init__(
@@ -1462,7 +1631,9 @@ class Transaction(_message.Message):
     kind: _builtins.str
     """consume, grant, expire, adjust, reverse, ..."""
     idempotency_key: _builtins.str
+    """of the event that it books"""
     reverses: _builtins.str
+    """the transaction that it takes back"""
     @_builtins.property
     def event_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -1498,8 +1669,11 @@ class Entry(_message.Message):
     AMOUNT_NANOS_FIELD_NUMBER: _builtins.int
     GRANT_FIELD_NUMBER: _builtins.int
     account: _builtins.str
+    """grant:ID, overage:CUSTOMER, revenue:FEATURE, ..."""
     amount_nanos: _builtins.int
+    """may be below zero"""
     grant: _builtins.str
+    """of an account of a grant"""
     def __init__(
         self,
         *,
@@ -1523,6 +1697,7 @@ class ExplainRequest(_message.Message):
     CUSTOMER_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
     customer: _builtins.str
+    """may be left out: a key is unique in the tenant"""
     def __init__(
         self,
         *,
@@ -1548,15 +1723,25 @@ class Explanation(_message.Message):
     THRESHOLDS_CROSSED_FIELD_NUMBER: _builtins.int
     INVOICE_FIELD_NUMBER: _builtins.int
     rate: _builtins.str
+    """how it is priced now, for people"""
     invoice: _builtins.str
+    """the final one of its period"""
     @_builtins.property
-    def event(self) -> _gateway_pb2.CheckAndConsumeRequest: ...
+    def event(self) -> _gateway_pb2.CheckAndConsumeRequest:
+        """as it was asked"""
+
     @_builtins.property
-    def decision(self) -> _gateway_pb2.CheckAndConsumeResponse: ...
+    def decision(self) -> _gateway_pb2.CheckAndConsumeResponse:
+        """as it was decided"""
+
     @_builtins.property
-    def transactions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Transaction]: ...
+    def transactions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Transaction]:
+        """that book or correct it"""
+
     @_builtins.property
-    def thresholds_crossed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def thresholds_crossed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """percent"""
+
     def __init__(
         self,
         *,
@@ -1589,7 +1774,9 @@ class QuarantinedRecord(_message.Message):
     CREATED_AT_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     stream: _builtins.str
+    """of the journal"""
     entry_id: _builtins.str
+    """in that stream"""
     reason: _builtins.str
     customer: _builtins.str
     """as far as the record can be read"""
@@ -1624,6 +1811,7 @@ class ListQuarantineResponse(_message.Message):
     RECORDS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
+    """empty: the last page"""
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuarantinedRecord]: ...
     def __init__(
@@ -1649,8 +1837,11 @@ class QuarantineRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     all: _builtins.bool
     reason: _builtins.str
+    """required to drop"""
     @_builtins.property
-    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """ids or all"""
+
     def __init__(
         self,
         *,
@@ -1674,7 +1865,9 @@ class QuarantineResponse(_message.Message):
     LEFT_FIELD_NUMBER: _builtins.int
     resolved: _builtins.int
     @_builtins.property
-    def left(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuarantinedRecord]: ...
+    def left(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuarantinedRecord]:
+        """still not bookable, and why"""
+
     def __init__(
         self,
         *,
@@ -1696,7 +1889,9 @@ class VerifyRequest(_message.Message):
     CUSTOMER_FIELD_NUMBER: _builtins.int
     REPAIR_FIELD_NUMBER: _builtins.int
     customer: _builtins.str
+    """empty: all"""
     repair: _builtins.bool
+    """mend what differs, by booked changes"""
     def __init__(
         self,
         *,
@@ -1733,6 +1928,7 @@ class VerifyReport(_message.Message):
     """hot minus ledger at equal sequence, absolute sum"""
     unbalanced_transactions: _builtins.int
     journal_lag: _builtins.int
+    """records that are not settled"""
     events: _builtins.int
     """usage events in the ledger"""
     quarantined: _builtins.int
@@ -1782,6 +1978,7 @@ class Finding(_message.Message):
     DETAIL_FIELD_NUMBER: _builtins.int
     customer: _builtins.str
     name: _builtins.str
+    """"gap in the sequence", ..."""
     detail: _builtins.str
     def __init__(
         self,
@@ -1811,7 +2008,9 @@ class Drift(_message.Message):
     hot_nanos: _builtins.int
     ledger_nanos: _builtins.int
     sequence: _builtins.int
+    """at which both were compared"""
     part: _builtins.str
+    """grant:NUMBER, overage, meter:METER (in units), ..."""
     def __init__(
         self,
         *,

@@ -26,7 +26,10 @@ if _version_not_supported:
 
 
 class LedgerAdminStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """Every method: INVALID_ARGUMENT names a field, its problem and its bound; UNAVAILABLE, a store is away: make the same
+    call again. NOT_FOUND: what the request names does not exist. The metadata x-actor (128 bytes) goes to the audit log.
+    Amounts are nanos: 1e-9 of the credit type.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -182,10 +185,14 @@ class LedgerAdminStub(object):
 
 
 class LedgerAdminServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """Every method: INVALID_ARGUMENT names a field, its problem and its bound; UNAVAILABLE, a store is away: make the same
+    call again. NOT_FOUND: what the request names does not exist. The metadata x-actor (128 bytes) goes to the audit log.
+    Amounts are nanos: 1e-9 of the credit type.
+    """
 
     def PutFeature(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Creates a feature or replaces it.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -204,13 +211,15 @@ class LedgerAdminServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListRateCards(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """every version
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PutCustomer(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Creates a customer or replaces it.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -222,7 +231,9 @@ class LedgerAdminServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PutContract(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Creates a contract or replaces it as a whole; effective_at and anchor that are left out stay.
+        FAILED_PRECONDITION: it has ended, or another one is in force then.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -234,14 +245,16 @@ class LedgerAdminServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CreateGrant(self, request, context):
-        """idempotent by grant id
+        """Idempotent by grant id. ALREADY_EXISTS: the id has other content. FAILED_PRECONDITION: the customer has 256 grants
+        with something left.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def VoidGrant(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """ends it; what is left goes to breakage. May be repeated
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -281,13 +294,15 @@ class LedgerAdminServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PreviewRerate(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """what Rerate would do; books nothing
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Rerate(self, request, context):
-        """reversal + rebooking, history kept
+        """Reversal + rebooking, history kept. FAILED_PRECONDITION: it reaches into a final invoice's period, without
+        adjust_final.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -301,7 +316,8 @@ class LedgerAdminServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListInvoices(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """final and void ones
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -348,7 +364,8 @@ class LedgerAdminServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListTransactions(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """in the order they were booked
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -531,7 +548,10 @@ def add_LedgerAdminServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class LedgerAdmin(object):
-    """Missing associated documentation comment in .proto file."""
+    """Every method: INVALID_ARGUMENT names a field, its problem and its bound; UNAVAILABLE, a store is away: make the same
+    call again. NOT_FOUND: what the request names does not exist. The metadata x-actor (128 bytes) goes to the audit log.
+    Amounts are nanos: 1e-9 of the credit type.
+    """
 
     @staticmethod
     def PutFeature(request,

@@ -29,22 +29,36 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class LedgerAdminStub:
+    """Every method: INVALID_ARGUMENT names a field, its problem and its bound; UNAVAILABLE, a store is away: make the same
+    call again. NOT_FOUND: what the request names does not exist. The metadata x-actor (128 bytes) goes to the audit log.
+    Amounts are nanos: 1e-9 of the credit type.
+    """
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> LedgerAdminAsyncStub: ...
     PutFeature: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.Feature, _ledger_pb2.Feature]
+    """Creates a feature or replaces it."""
     ListFeatures: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListFeaturesResponse]
     PutRateCard: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.RateCard, _ledger_pb2.RateCard]
     """a new version; versions are immutable"""
     ListRateCards: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListRateCardsResponse]
+    """every version"""
     PutCustomer: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.Customer, _ledger_pb2.Customer]
+    """Creates a customer or replaces it."""
     ListCustomers: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListCustomersResponse]
     PutContract: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.Contract, _ledger_pb2.Contract]
+    """Creates a contract or replaces it as a whole; effective_at and anchor that are left out stay.
+    FAILED_PRECONDITION: it has ended, or another one is in force then.
+    """
     ListContracts: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListContractsResponse]
     CreateGrant: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.Grant, _ledger_pb2.Grant]
-    """idempotent by grant id"""
+    """Idempotent by grant id. ALREADY_EXISTS: the id has other content. FAILED_PRECONDITION: the customer has 256 grants
+    with something left.
+    """
     VoidGrant: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.VoidGrantRequest, _ledger_pb2.Grant]
+    """ends it; what is left goes to breakage. May be repeated"""
     ListGrants: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListGrantsResponse]
     ListRecurringGrants: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListGrantsResponse]
     """what issues allotments"""
@@ -55,11 +69,15 @@ class LedgerAdminStub:
     RevertBackfill: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.BackfillRequest, _ledger_pb2.Backfill]
     """takes them back, history kept"""
     PreviewRerate: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.RerateRequest, _ledger_pb2.RerateReport]
+    """what Rerate would do; books nothing"""
     Rerate: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.RerateRequest, _ledger_pb2.RerateReport]
-    """reversal + rebooking, history kept"""
+    """Reversal + rebooking, history kept. FAILED_PRECONDITION: it reaches into a final invoice's period, without
+    adjust_final.
+    """
     GetInvoice: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.GetInvoiceRequest, _ledger_pb2.Invoice]
     """the draft follows every event"""
     ListInvoices: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListInvoicesResponse]
+    """final and void ones"""
     VoidInvoice: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.VoidInvoiceRequest, _ledger_pb2.Invoice]
     """voids a final one and answers the one made in its place"""
     ListDeadLetters: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListDeadLettersResponse]
@@ -72,6 +90,7 @@ class LedgerAdminStub:
     DropQuarantine: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.QuarantineRequest, _ledger_pb2.QuarantineResponse]
     """gives them up, with a reason"""
     ListTransactions: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListTransactionsResponse]
+    """in the order they were booked"""
     Explain: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ExplainRequest, _ledger_pb2.Explanation]
     """one charge, down to the event"""
     Verify: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.VerifyRequest, _ledger_pb2.VerifyReport]
@@ -81,19 +100,33 @@ class LedgerAdminStub:
 
 @_typing.type_check_only
 class LedgerAdminAsyncStub(LedgerAdminStub):
+    """Every method: INVALID_ARGUMENT names a field, its problem and its bound; UNAVAILABLE, a store is away: make the same
+    call again. NOT_FOUND: what the request names does not exist. The metadata x-actor (128 bytes) goes to the audit log.
+    Amounts are nanos: 1e-9 of the credit type.
+    """
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     PutFeature: _aio.UnaryUnaryMultiCallable[_ledger_pb2.Feature, _ledger_pb2.Feature]  # type: ignore[assignment]
+    """Creates a feature or replaces it."""
     ListFeatures: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListFeaturesResponse]  # type: ignore[assignment]
     PutRateCard: _aio.UnaryUnaryMultiCallable[_ledger_pb2.RateCard, _ledger_pb2.RateCard]  # type: ignore[assignment]
     """a new version; versions are immutable"""
     ListRateCards: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListRateCardsResponse]  # type: ignore[assignment]
+    """every version"""
     PutCustomer: _aio.UnaryUnaryMultiCallable[_ledger_pb2.Customer, _ledger_pb2.Customer]  # type: ignore[assignment]
+    """Creates a customer or replaces it."""
     ListCustomers: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListCustomersResponse]  # type: ignore[assignment]
     PutContract: _aio.UnaryUnaryMultiCallable[_ledger_pb2.Contract, _ledger_pb2.Contract]  # type: ignore[assignment]
+    """Creates a contract or replaces it as a whole; effective_at and anchor that are left out stay.
+    FAILED_PRECONDITION: it has ended, or another one is in force then.
+    """
     ListContracts: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListContractsResponse]  # type: ignore[assignment]
     CreateGrant: _aio.UnaryUnaryMultiCallable[_ledger_pb2.Grant, _ledger_pb2.Grant]  # type: ignore[assignment]
-    """idempotent by grant id"""
+    """Idempotent by grant id. ALREADY_EXISTS: the id has other content. FAILED_PRECONDITION: the customer has 256 grants
+    with something left.
+    """
     VoidGrant: _aio.UnaryUnaryMultiCallable[_ledger_pb2.VoidGrantRequest, _ledger_pb2.Grant]  # type: ignore[assignment]
+    """ends it; what is left goes to breakage. May be repeated"""
     ListGrants: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListGrantsResponse]  # type: ignore[assignment]
     ListRecurringGrants: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListGrantsResponse]  # type: ignore[assignment]
     """what issues allotments"""
@@ -104,11 +137,15 @@ class LedgerAdminAsyncStub(LedgerAdminStub):
     RevertBackfill: _aio.UnaryUnaryMultiCallable[_ledger_pb2.BackfillRequest, _ledger_pb2.Backfill]  # type: ignore[assignment]
     """takes them back, history kept"""
     PreviewRerate: _aio.UnaryUnaryMultiCallable[_ledger_pb2.RerateRequest, _ledger_pb2.RerateReport]  # type: ignore[assignment]
+    """what Rerate would do; books nothing"""
     Rerate: _aio.UnaryUnaryMultiCallable[_ledger_pb2.RerateRequest, _ledger_pb2.RerateReport]  # type: ignore[assignment]
-    """reversal + rebooking, history kept"""
+    """Reversal + rebooking, history kept. FAILED_PRECONDITION: it reaches into a final invoice's period, without
+    adjust_final.
+    """
     GetInvoice: _aio.UnaryUnaryMultiCallable[_ledger_pb2.GetInvoiceRequest, _ledger_pb2.Invoice]  # type: ignore[assignment]
     """the draft follows every event"""
     ListInvoices: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListInvoicesResponse]  # type: ignore[assignment]
+    """final and void ones"""
     VoidInvoice: _aio.UnaryUnaryMultiCallable[_ledger_pb2.VoidInvoiceRequest, _ledger_pb2.Invoice]  # type: ignore[assignment]
     """voids a final one and answers the one made in its place"""
     ListDeadLetters: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListDeadLettersResponse]  # type: ignore[assignment]
@@ -121,6 +158,7 @@ class LedgerAdminAsyncStub(LedgerAdminStub):
     DropQuarantine: _aio.UnaryUnaryMultiCallable[_ledger_pb2.QuarantineRequest, _ledger_pb2.QuarantineResponse]  # type: ignore[assignment]
     """gives them up, with a reason"""
     ListTransactions: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListTransactionsResponse]  # type: ignore[assignment]
+    """in the order they were booked"""
     Explain: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ExplainRequest, _ledger_pb2.Explanation]  # type: ignore[assignment]
     """one charge, down to the event"""
     Verify: _aio.UnaryUnaryMultiCallable[_ledger_pb2.VerifyRequest, _ledger_pb2.VerifyReport]  # type: ignore[assignment]
@@ -129,11 +167,17 @@ class LedgerAdminAsyncStub(LedgerAdminStub):
     """how ledger_sync and what it rests on are doing; cheap"""
 
 class LedgerAdminServicer:
+    """Every method: INVALID_ARGUMENT names a field, its problem and its bound; UNAVAILABLE, a store is away: make the same
+    call again. NOT_FOUND: what the request names does not exist. The metadata x-actor (128 bytes) goes to the audit log.
+    Amounts are nanos: 1e-9 of the credit type.
+    """
+
     def PutFeature(
         self,
         request: _ledger_pb2.Feature,
         context: _ServicerContext,
-    ) -> _typing.Union[_ledger_pb2.Feature, _abc.Awaitable[_ledger_pb2.Feature]]: ...
+    ) -> _typing.Union[_ledger_pb2.Feature, _abc.Awaitable[_ledger_pb2.Feature]]:
+        """Creates a feature or replaces it."""
 
     def ListFeatures(
         self,
@@ -152,13 +196,15 @@ class LedgerAdminServicer:
         self,
         request: _ledger_pb2.ListRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_ledger_pb2.ListRateCardsResponse, _abc.Awaitable[_ledger_pb2.ListRateCardsResponse]]: ...
+    ) -> _typing.Union[_ledger_pb2.ListRateCardsResponse, _abc.Awaitable[_ledger_pb2.ListRateCardsResponse]]:
+        """every version"""
 
     def PutCustomer(
         self,
         request: _ledger_pb2.Customer,
         context: _ServicerContext,
-    ) -> _typing.Union[_ledger_pb2.Customer, _abc.Awaitable[_ledger_pb2.Customer]]: ...
+    ) -> _typing.Union[_ledger_pb2.Customer, _abc.Awaitable[_ledger_pb2.Customer]]:
+        """Creates a customer or replaces it."""
 
     def ListCustomers(
         self,
@@ -170,7 +216,10 @@ class LedgerAdminServicer:
         self,
         request: _ledger_pb2.Contract,
         context: _ServicerContext,
-    ) -> _typing.Union[_ledger_pb2.Contract, _abc.Awaitable[_ledger_pb2.Contract]]: ...
+    ) -> _typing.Union[_ledger_pb2.Contract, _abc.Awaitable[_ledger_pb2.Contract]]:
+        """Creates a contract or replaces it as a whole; effective_at and anchor that are left out stay.
+        FAILED_PRECONDITION: it has ended, or another one is in force then.
+        """
 
     def ListContracts(
         self,
@@ -183,13 +232,16 @@ class LedgerAdminServicer:
         request: _ledger_pb2.Grant,
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_pb2.Grant, _abc.Awaitable[_ledger_pb2.Grant]]:
-        """idempotent by grant id"""
+        """Idempotent by grant id. ALREADY_EXISTS: the id has other content. FAILED_PRECONDITION: the customer has 256 grants
+        with something left.
+        """
 
     def VoidGrant(
         self,
         request: _ledger_pb2.VoidGrantRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_ledger_pb2.Grant, _abc.Awaitable[_ledger_pb2.Grant]]: ...
+    ) -> _typing.Union[_ledger_pb2.Grant, _abc.Awaitable[_ledger_pb2.Grant]]:
+        """ends it; what is left goes to breakage. May be repeated"""
 
     def ListGrants(
         self,
@@ -229,14 +281,17 @@ class LedgerAdminServicer:
         self,
         request: _ledger_pb2.RerateRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_ledger_pb2.RerateReport, _abc.Awaitable[_ledger_pb2.RerateReport]]: ...
+    ) -> _typing.Union[_ledger_pb2.RerateReport, _abc.Awaitable[_ledger_pb2.RerateReport]]:
+        """what Rerate would do; books nothing"""
 
     def Rerate(
         self,
         request: _ledger_pb2.RerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_pb2.RerateReport, _abc.Awaitable[_ledger_pb2.RerateReport]]:
-        """reversal + rebooking, history kept"""
+        """Reversal + rebooking, history kept. FAILED_PRECONDITION: it reaches into a final invoice's period, without
+        adjust_final.
+        """
 
     def GetInvoice(
         self,
@@ -249,7 +304,8 @@ class LedgerAdminServicer:
         self,
         request: _ledger_pb2.ListRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_ledger_pb2.ListInvoicesResponse, _abc.Awaitable[_ledger_pb2.ListInvoicesResponse]]: ...
+    ) -> _typing.Union[_ledger_pb2.ListInvoicesResponse, _abc.Awaitable[_ledger_pb2.ListInvoicesResponse]]:
+        """final and void ones"""
 
     def VoidInvoice(
         self,
@@ -296,7 +352,8 @@ class LedgerAdminServicer:
         self,
         request: _ledger_pb2.ListRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_ledger_pb2.ListTransactionsResponse, _abc.Awaitable[_ledger_pb2.ListTransactionsResponse]]: ...
+    ) -> _typing.Union[_ledger_pb2.ListTransactionsResponse, _abc.Awaitable[_ledger_pb2.ListTransactionsResponse]]:
+        """in the order they were booked"""
 
     def Explain(
         self,
