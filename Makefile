@@ -8,7 +8,7 @@ CASE ?=
 SEED ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv litellm demo test faults check format proto lock bench bench-quick clean
+.PHONY: help venv litellm demo test faults check format proto lock sbom audit bench bench-quick clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -44,12 +44,24 @@ proto: venv  ## the stubs and docs/api from proto/
 	$(BIN)/python .ci/stubs.py
 	$(BIN)/python .ci/api_reference.py
 
-LOCK := $(BIN)/uv pip compile pyproject.toml --constraint .ci/constraints.txt \
-	--universal --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet
+# A release has a week to be found out before it is taken. For a mend that cannot wait: ARGS="--upgrade-package httpx
+# --exclude-newer-package httpx=2026-11-30", a date after its release.
+COOL_DOWN ?= 1 week
+PIN := $(BIN)/uv pip compile --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet
+LOCK := $(PIN) --constraint .ci/constraints.txt --universal --exclude-newer "$(COOL_DOWN)"
 
 lock: venv  ## .ci/*.txt from pyproject.toml; ARGS=--upgrade for newer versions
-	$(LOCK) --extra dev --output-file .ci/requirements.txt $(ARGS)
-	$(LOCK) --extra litellm --output-file .ci/litellm.txt $(ARGS)
+	$(LOCK) pyproject.toml --extra dev --output-file .ci/requirements.txt $(ARGS)
+	$(LOCK) pyproject.toml --extra litellm --output-file .ci/litellm.txt $(ARGS)
+	$(LOCK) .ci/audit.in --output-file .ci/audit.txt $(ARGS)
+	$(PIN) pyproject.toml --constraint .ci/requirements.txt --python-platform x86_64-manylinux_2_31 \
+		--extra envoy --extra kafka --extra nats --output-file .ci/runtime.txt
+
+sbom: .venv-audit/.requirements  ## build/sbom.cdx.json: what the image installs, as CycloneDX
+	@$(BIN)/python .ci/sbom.py build/sbom.cdx.json
+
+audit: .venv-audit/.requirements  ## known vulnerabilities of what is pinned; AUDIT_STRICT=1 fails when nobody can be asked
+	@$(BIN)/python .ci/audit.py
 
 bench: venv  ## the measurements, whole
 	@$(BIN)/python -m benchmarks $(ARGS)
@@ -58,7 +70,7 @@ bench-quick: venv  ## the measurements, in a few minutes
 	@$(BIN)/python -m benchmarks --quick $(ARGS)
 
 clean:  ## back to a fresh clone; data folders stay
-	rm -rf .venv .venv-litellm build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-litellm .venv-audit build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are touched only after a whole install, so an interrupted one is done again.
@@ -84,4 +96,9 @@ clean:  ## back to a fresh clone; data folders stay
 	@$(BIN)/uv pip install --quiet --python .venv-litellm --no-deps --require-hashes -r $< \
 		|| $(BIN)/python -m pip --python .venv-litellm install --quiet --disable-pip-version-check --no-compile \
 			--no-deps --require-hashes -r $<
+	@touch $@
+
+.venv-audit/.requirements: .ci/audit.txt | .venv/.requirements
+	@$(BIN)/python -m venv --clear --without-pip .venv-audit
+	@$(BIN)/uv pip install --quiet --python .venv-audit --no-deps --require-hashes -r $<
 	@touch $@

@@ -31,8 +31,8 @@ TITLES = {
 GENERATED = "<!-- Written by .ci/api_reference.py from proto/: change the comments there, then `make proto`. -->"
 ABOUT = """\
 Every method, message and field, with its number on the wire. How they are used is told in [calling](../calling.md),
-[holds](../holds.md) and [the ledger](../ledger.md); statuses and bounds in [errors and limits](../errors-and-limits.md).
-Fields may be added; numbers and meanings never change."""
+[holds](../holds.md) and [the ledger](../ledger.md); statuses and bounds in
+[errors and limits](../errors-and-limits.md). Fields may be added; numbers and meanings never change."""
 
 Route: TypeAlias = tuple[int, ...]  # of a declaration in its file, as protobuf's SourceCodeInfo counts
 MESSAGES, ENUMS, SERVICES, SYNTAX = 4, 5, 6, 12  # fields of FileDescriptorProto

@@ -160,7 +160,7 @@ class Desk:
         if program in OPTIONAL and not shutil.which(program):
             return self._leave(block, f"{program} is not installed")
         if "dev" in words and Path(program).name == "entitlement":
-            printed = self._start(words[words.index("dev") + 1 :])
+            printed = self._start(words[words.index("dev") + 1 :], words[: words.index(program)])
         else:
             self._start_for(command.line)
             status = re.match(r"exits with (\d+)", block.comment) if last else None
@@ -205,10 +205,20 @@ class Desk:
         if not self._stack and _OURS.search(text):
             self._start(["--catalog", "examples/llm.yaml"])
 
-    def _start(self, options: list[str]) -> str:
+    def _start(self, options: list[str], settings: list[str] | None = None) -> str:
         """`entitlement dev` with these options, on free ports and a folder of this page's. Its line."""
         self.stop()
-        argv = [sys.executable, "-m", "gateway.cli", "dev", *options, "--data", str(self._folder / "data")]
+        argv = [
+            "env",
+            *(settings or []),
+            sys.executable,
+            "-m",
+            "gateway.cli",
+            "dev",
+            *options,
+            "--data",
+            str(self._folder / "data"),
+        ]
         argv += ["--gateway", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
         self._stack = Dev(argv, ready=r"^ready gateway=(\S+) admin=(\S+)", cwd=ROOT)
         self._gateway, self._admin = self._stack.announced.groups()

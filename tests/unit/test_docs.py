@@ -1,5 +1,5 @@
-"""The manual says what the code does: links, settings, reasons, limits, fields and commands. Its examples are executed
-elsewhere (tests/integration/test_readme.py).
+"""The manual says what the code does: settings, reasons, limits, fields and commands. Its examples are executed
+elsewhere (tests/integration/test_readme.py), and its links followed (test_links.py).
 """
 
 from __future__ import annotations
@@ -68,25 +68,6 @@ def codes(cell: str) -> list[str]:
 
 def numbers(markdown: str) -> set[int]:
     return {int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", markdown)}
-
-
-def slugs(page: Path) -> set[str]:
-    """The anchors of a page's headings."""
-    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
-    headings = re.findall(r"^#+ (.*)$", prose, re.M)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("page", list(pages()), ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
-    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
-        if re.match(r"\w+://|mailto:", target):
-            continue
-        name, _, anchor = target.partition("#")
-        file = (page.parent / name).resolve() if name else page
-        assert file.is_relative_to(ROOT) and file.exists(), f"{page.name}: {target}"
-        assert not anchor or anchor in slugs(file), f"{page.name}: {target} has no such heading"
 
 
 @pytest.mark.parametrize(
