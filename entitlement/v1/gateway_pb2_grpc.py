@@ -26,8 +26,9 @@ if _version_not_supported:
 
 
 class EntitlementGatewayStub(object):
-    """Every method: INVALID_ARGUMENT names a field, its problem and its bound, and nothing was changed. UNAVAILABLE,
-    RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: send the same call with the same key again.
+    """Every method: INVALID_ARGUMENT names a field, its problem and its bound, and nothing was changed. UNAUTHENTICATED: it is
+    not known who calls; PERMISSION_DENIED: they may not. UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: send the
+    same call with the same key again.
     """
 
     def __init__(self, channel):
@@ -89,8 +90,9 @@ class EntitlementGatewayStub(object):
 
 
 class EntitlementGatewayServicer(object):
-    """Every method: INVALID_ARGUMENT names a field, its problem and its bound, and nothing was changed. UNAVAILABLE,
-    RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: send the same call with the same key again.
+    """Every method: INVALID_ARGUMENT names a field, its problem and its bound, and nothing was changed. UNAUTHENTICATED: it is
+    not known who calls; PERMISSION_DENIED: they may not. UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: send the
+    same call with the same key again.
     """
 
     def CheckAndConsume(self, request, context):
@@ -228,8 +230,9 @@ def add_EntitlementGatewayServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EntitlementGateway(object):
-    """Every method: INVALID_ARGUMENT names a field, its problem and its bound, and nothing was changed. UNAVAILABLE,
-    RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: send the same call with the same key again.
+    """Every method: INVALID_ARGUMENT names a field, its problem and its bound, and nothing was changed. UNAUTHENTICATED: it is
+    not known who calls; PERMISSION_DENIED: they may not. UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: send the
+    same call with the same key again.
     """
 
     @staticmethod

@@ -29,8 +29,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class EntitlementGatewayStub:
-    """Every method: INVALID_ARGUMENT names a field, its problem and its bound, and nothing was changed. UNAVAILABLE,
-    RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: send the same call with the same key again.
+    """Every method: INVALID_ARGUMENT names a field, its problem and its bound, and nothing was changed. UNAUTHENTICATED: it is
+    not known who calls; PERMISSION_DENIED: they may not. UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: send the
+    same call with the same key again.
     """
 
     @_typing.overload
@@ -66,8 +67,9 @@ class EntitlementGatewayStub:
 
 @_typing.type_check_only
 class EntitlementGatewayAsyncStub(EntitlementGatewayStub):
-    """Every method: INVALID_ARGUMENT names a field, its problem and its bound, and nothing was changed. UNAVAILABLE,
-    RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: send the same call with the same key again.
+    """Every method: INVALID_ARGUMENT names a field, its problem and its bound, and nothing was changed. UNAUTHENTICATED: it is
+    not known who calls; PERMISSION_DENIED: they may not. UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: send the
+    same call with the same key again.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -99,8 +101,9 @@ class EntitlementGatewayAsyncStub(EntitlementGatewayStub):
     """The balance now, then every change, at most ten a second."""
 
 class EntitlementGatewayServicer:
-    """Every method: INVALID_ARGUMENT names a field, its problem and its bound, and nothing was changed. UNAVAILABLE,
-    RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: send the same call with the same key again.
+    """Every method: INVALID_ARGUMENT names a field, its problem and its bound, and nothing was changed. UNAUTHENTICATED: it is
+    not known who calls; PERMISSION_DENIED: they may not. UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED: send the
+    same call with the same key again.
     """
 
     def CheckAndConsume(
