@@ -47,15 +47,15 @@ proto: venv  ## the stubs and docs/api from proto/
 # A release has a week to be found out before it is taken. For a mend that cannot wait: ARGS="--upgrade-package httpx
 # --exclude-newer-package httpx=2026-11-30", a date after its release.
 COOL_DOWN ?= 1 week
-PIN := $(BIN)/uv pip compile --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet
-LOCK := $(PIN) --constraint .ci/constraints.txt --universal --exclude-newer "$(COOL_DOWN)"
+PIN := $(BIN)/uv pip compile --generate-hashes --no-header --no-annotate --quiet
+LOCK := $(PIN) --constraint .ci/constraints.txt --universal --python-version 3.11 --exclude-newer "$(COOL_DOWN)"
 
 lock: venv  ## .ci/*.txt from pyproject.toml; ARGS=--upgrade for newer versions
 	$(LOCK) pyproject.toml --extra dev --output-file .ci/requirements.txt $(ARGS)
 	$(LOCK) pyproject.toml --extra litellm --output-file .ci/litellm.txt $(ARGS)
 	$(LOCK) .ci/audit.in --output-file .ci/audit.txt $(ARGS)
-	$(PIN) pyproject.toml --constraint .ci/requirements.txt --python-platform x86_64-manylinux_2_31 \
-		--extra envoy --extra kafka --extra nats --output-file .ci/runtime.txt
+	$(PIN) pyproject.toml --extra envoy --extra kafka --extra nats --output-file .ci/runtime.txt \
+		--constraint .ci/requirements.txt --python-version 3.11.9 --python-platform x86_64-manylinux_2_31
 
 sbom: .venv-audit/.requirements  ## build/sbom.cdx.json: what the image installs, as CycloneDX
 	@$(BIN)/python .ci/sbom.py build/sbom.cdx.json
