@@ -106,6 +106,7 @@ class Consume(msgspec.Struct, frozen=True, gc=False):
     event_ms: int  # 0: now
     lines: tuple[Line, ...]
     payload: bytes
+    trace: bytes = b""  # journaled behind it, and not compared: entitlement.traceparent
 
 
 class Price(msgspec.Struct, frozen=True, gc=False):
@@ -213,7 +214,7 @@ def consume_keys(request: Consume, partition: int) -> tuple[str, bytes, str]:
 def consume_arguments(request: Consume, charge: Charge, limits: Limits) -> list[str | bytes | int]:
     """ARGV of consume.lua."""
     return [
-        *(fingerprint(request.payload), request.payload, int(charge.mode or request.mode), request.event_ms),
+        *(fingerprint(request.payload), request.payload + request.trace, int(charge.mode or request.mode), request.event_ms),
         *account_arguments(request.tenant, request.customer, limits),
         *charge_arguments(charge),
         *[line.quantity for line in request.lines],

@@ -9,6 +9,7 @@ from entitlement.identity import check_id
 from entitlement.periods import DAY, SECOND
 from entitlement.quantity import MAX_QUANTITY
 from entitlement.request import MAX_REQUEST_BYTES, Usages, event_ms_of, parse_lines
+from entitlement.traceparent import taken
 from entitlement.v1 import gateway_pb2 as pb
 
 DEFAULT_TTL_MS = 60 * SECOND
@@ -24,14 +25,17 @@ def parse_reserve(tenant: str, message: pb.ReserveRequest) -> Reserve:
     if mode is None:
         raise InvalidArgument("mode", f"{message.mode} is not for holds; expected 0..2 (NORMAL, BEST_EFFORT)")
     subject = check_id("subject", message.subject) if message.subject else ""
+    trace = taken(message)
     event_ms = event_ms_of(message.event_time) if message.HasField("event_time") else 0
-    asked = _asked(tenant, message, hold, parse_lines(message, mode), mode=mode, subject=subject, event_ms=event_ms)
+    lines = parse_lines(message, mode)
+    asked = _asked(tenant, message, hold, lines, trace, mode=mode, subject=subject, event_ms=event_ms)
     return Reserve(asked, hold, _ttl_ms(message) if message.HasField("ttl") else DEFAULT_TTL_MS)
 
 
 def parse_extend(tenant: str, message: pb.ExtendRequest) -> Reserve | Closing:
     """More units, with or without more time; or more time alone."""
     hold = check_id("hold_id", message.hold_id)
+    trace = taken(message)
     ttl_ms = _ttl_ms(message) if message.HasField("ttl") else 0
     if not message.more:
         if not ttl_ms:
@@ -39,13 +43,15 @@ def parse_extend(tenant: str, message: pb.ExtendRequest) -> Reserve | Closing:
         payload = message.SerializeToString(deterministic=True)
         return Closing(tenant, check_id("customer", message.customer), hold, "T", ttl_ms=ttl_ms, payload=payload)
     key = check_id("idempotency_key", message.idempotency_key)
-    return Reserve(_asked(tenant, message, key, parse_lines(_More(message), Mode.NORMAL)), hold, ttl_ms, extension=True)
+    asked = _asked(tenant, message, key, parse_lines(_More(message), Mode.NORMAL), trace)
+    return Reserve(asked, hold, ttl_ms, extension=True)
 
 
 def parse_settle(tenant: str, message: pb.SettleRequest) -> Settle | Closing:
     """What was used; or, with `final`, that nothing was."""
     hold, key = check_id("hold_id", message.hold_id), check_id("idempotency_key", message.idempotency_key)
     event_ms = event_ms_of(message.event_time) if message.HasField("event_time") else 0
+    trace = taken(message)
     lines = parse_lines(message, Mode.CHECK_ONLY) if message.usage else ()
     if not any(line.quantity for line in lines):
         if not message.final:
@@ -54,7 +60,7 @@ def parse_settle(tenant: str, message: pb.SettleRequest) -> Settle | Closing:
             )
         payload = message.SerializeToString(deterministic=True)
         return Closing(tenant, check_id("customer", message.customer), hold, "S", key, payload=payload)
-    asked = _asked(tenant, message, key, lines, mode=Mode.ADJUST_ONLY, event_ms=event_ms)
+    asked = _asked(tenant, message, key, lines, trace, mode=Mode.ADJUST_ONLY, event_ms=event_ms)
     return Settle(asked, hold, message.final, message.number, message.number)
 
 
@@ -75,6 +81,7 @@ def _asked(
     message: Message,
     key: str,
     lines: tuple[Line, ...],
+    trace: bytes,
     *,
     mode: Mode = Mode.NORMAL,
     subject: str = "",
@@ -83,7 +90,8 @@ def _asked(
     payload = message.SerializeToString(deterministic=True)
     if len(payload) > MAX_REQUEST_BYTES:
         raise InvalidArgument("request", f"has {len(payload)} bytes; expected at most {MAX_REQUEST_BYTES}")
-    return Consume(tenant, check_id("customer", message.customer), subject, key, mode, event_ms, lines, payload)
+    customer = check_id("customer", message.customer)
+    return Consume(tenant, customer, subject, key, mode, event_ms, lines, payload, trace)
 
 
 def _ttl_ms(message: pb.ReserveRequest | pb.ExtendRequest) -> int:

@@ -83,7 +83,7 @@ def prices(charge: Charge) -> bytes:
 
 def draft(request: Consume, price: bytes, at_ms: int, kind: int = GRANTED) -> bytes:
     """The receipt, but for the answer that is to be appended."""
-    payload = request.payload
+    payload = request.payload + request.trace
     return b"%b%b%b" % (_HEAD.pack(kind, at_ms, len(price), len(payload)), price, payload)
 
 
@@ -186,7 +186,8 @@ def replay_arguments(receipt: Receipt, limits: Limits) -> list[str | bytes | int
     """ARGV of replay.lua."""
     request, decision = receipt.request, receipt.decision
     arguments: list[str | bytes | int] = [
-        *(fingerprint(request.payload), request.payload, receipt.answer, receipt.at_ms, request.event_ms),
+        *(fingerprint(request.payload), request.payload + request.trace, receipt.answer, receipt.at_ms),
+        request.event_ms,
         *(f"{request.tenant} {request.customer}", limits.remember_ms, receipt.plan, receipt.version),
         *(int(decision.verdict), int(decision.shadow), request.subject, len(decision.charged)),
     ]

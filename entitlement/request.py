@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import msgspec
 from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -12,6 +13,7 @@ from entitlement.decision import Consume, Line, Mode, Shape
 from entitlement.errors import InvalidArgument
 from entitlement.identity import ID_BYTES, MAX_DIMENSIONS, check_id, check_name, check_value, is_id
 from entitlement.quantity import MAX_LINES, MAX_QUANTITY
+from entitlement.traceparent import field_of, split, taken, text_of
 from entitlement.v1 import gateway_pb2 as pb
 
 MAX_REQUEST_BYTES = 16_384
@@ -85,7 +87,7 @@ def _cut(data: bytes) -> list[bytes] | None:
     return found if at == size else None
 
 
-def _read(tenant: str, data: bytes) -> Consume | None:
+def _read(tenant: str, data: bytes, trace: bytes = b"") -> Consume | None:
     """What parse_consume would say of bytes in the usual form: short fields, in order, once, none at its default.
 
     A third of its time, for no message is made. None: they are not in that form, or something in them is new or wrong.
@@ -130,12 +132,19 @@ def _read(tenant: str, data: bytes) -> Consume | None:
     except (IndexError, KeyError, UnicodeDecodeError):
         return None
     if at != size or size > MAX_REQUEST_BYTES or not 1 <= len(lines) <= MAX_LINES:
-        return None
-    return Consume(tenant, customer.decode("ascii"), subject, key.decode("ascii"), mode, 0, tuple(lines), data)
+        return None if trace else _read_traced(tenant, data)
+    return Consume(tenant, customer.decode("ascii"), subject, key.decode("ascii"), mode, 0, tuple(lines), data, trace)
+
+
+def _read_traced(tenant: str, data: bytes) -> Consume | None:
+    """The same where a traceparent follows."""
+    request, trace = split(data)
+    found = _read(tenant, request, trace) if trace else None
+    return found and msgspec.structs.replace(found, trace=field_of(text_of(trace)))
 
 
 def parse_consume(tenant: str, request: pb.CheckAndConsumeRequest) -> Consume:
-    """The checked value of a request that is decoded. Raises InvalidArgument."""
+    """The checked value of a request that is decoded, whose traceparent is taken out. Raises InvalidArgument."""
     key, customer, subject = request.idempotency_key, request.customer, request.subject
     if not is_id(key):
         check_id("idempotency_key", key)
@@ -146,11 +155,12 @@ def parse_consume(tenant: str, request: pb.CheckAndConsumeRequest) -> Consume:
     mode = _MODES.get(request.mode)
     if mode is None:
         raise InvalidArgument("mode", f"{request.mode} is unknown; expected 0..4")
+    trace = taken(request)
     payload = request.SerializeToString(deterministic=True)
     if len(payload) > MAX_REQUEST_BYTES:
         raise InvalidArgument("request", f"has {len(payload)} bytes; expected at most {MAX_REQUEST_BYTES}")
     event_ms = event_ms_of(request.event_time) if request.HasField("event_time") else 0
-    return Consume(tenant, customer, subject, key, mode, event_ms, parse_lines(request, mode), payload)
+    return Consume(tenant, customer, subject, key, mode, event_ms, parse_lines(request, mode), payload, trace)
 
 
 def parse_lines(request: WithUsage, mode: Mode) -> tuple[Line, ...]:

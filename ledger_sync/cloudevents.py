@@ -34,6 +34,7 @@ def envelope(
     subject: str,
     time: str,
     partitionkey: str,
+    traceparent: str = "",
     data: Mapping[str, object] | msgspec.Struct,
 ) -> bytes:
     """One event as one line of UTF-8 JSON, the same bytes for the same arguments.
@@ -54,6 +55,8 @@ def envelope(
     for name, value in attributes.items():
         if not value:
             raise ValueError(f"the CloudEvents attribute {name} is empty")
+    if traceparent:  # https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/extensions/distributed-tracing.md
+        attributes["traceparent"] = traceparent
     return orjson.dumps(
         {"specversion": "1.0", **attributes, "datacontenttype": "application/json", "data": _json_form(data, "data")}
     )

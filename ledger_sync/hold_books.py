@@ -11,9 +11,9 @@ from enum import IntEnum
 import msgspec
 
 from entitlement.holding import Extension, Hold, HoldLine
-from entitlement.identity import fingerprint
 from entitlement.journal import Close, Ended, Held, HeldLine, Record, Settled
-from entitlement.v1.gateway_pb2 import SettleRequest
+from entitlement.traceparent import mark
+from entitlement.v1.gateway_pb2 import ExtendRequest, ReserveRequest, SettleRequest
 from ledger_sync.hot_deltas import feature_of
 
 HoldName = tuple[str, str, str]  # tenant, customer, hold
@@ -119,7 +119,7 @@ def _begun(record: Held) -> Hold:
         expires_ms=record.expires_ms,
         remaining=record.amount,
         lines=tuple(_line(line, record) for line in record.lines),
-        fingerprint=fingerprint(record.request),
+        fingerprint=mark(record.request, ReserveRequest.FromString(record.request).traceparent),
         record=record,
     )
 
@@ -131,7 +131,7 @@ def _line(line: HeldLine, record: Held) -> HoldLine:
 def _extended(hold: Hold, record: Held) -> Hold:
     added = tuple(_line(line, record) for line in record.lines)
     extensions = (
-        (*hold.extensions, Extension(fingerprint(record.request), record)) if record.request else hold.extensions
+        (*hold.extensions, Extension(_mark(record.request), record)) if record.request else hold.extensions
     )
     return msgspec.structs.replace(
         hold,
@@ -140,6 +140,10 @@ def _extended(hold: Hold, record: Held) -> Hold:
         lines=(*hold.lines, *added),
         extensions=extensions,
     )
+
+
+def _mark(request: bytes) -> bytes:
+    return mark(request, ExtendRequest.FromString(request).traceparent)
 
 
 def _used(hold: Hold, record: Settled) -> Hold:

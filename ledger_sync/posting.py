@@ -12,8 +12,9 @@ import msgspec
 from google.protobuf.message import DecodeError
 
 from entitlement.errors import CorruptRecord, InvalidArgument
-from entitlement.identity import check_name, check_value, fingerprint, is_id
+from entitlement.identity import check_name, check_value, is_id
 from entitlement.journal import OVERAGE, Adjusted, Burn, Consumed, Ended, Held, Record, Rolled, Settled, decode
+from entitlement.traceparent import field_of, mark
 from entitlement.v1.gateway_pb2 import MODE_ADJUST_ONLY, CheckAndConsumeRequest, SettleRequest, Usage
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -79,6 +80,7 @@ class Posted(msgspec.Struct, frozen=True, gc=False):
     subject: str = ""
     lines: tuple[Usages, ...] = ()
     fingerprint: bytes = b""
+    traceparent: str = ""  # of the call, when it was traced
 
 
 class Booking(msgspec.Struct, frozen=True):
@@ -119,7 +121,9 @@ def _read_consumed(arrival: Arrival, record: Consumed, recorded_at: datetime) ->
         raise InvalidArgument("usage", f"has {len(lines)} lines and {len(record.lines)} were charged")
     same = record.event_ms == record.recorded_ms
     event_at = recorded_at if same else timestamp(record.event_ms)
-    return Posted(arrival, record, recorded_at, event_at, key, subject, lines, fingerprint(payload))
+    text = request.traceparent
+    trace = text if text and field_of(text) else ""
+    return Posted(arrival, record, recorded_at, event_at, key, subject, lines, mark(payload, trace), trace)
 
 
 def asked(record: Consumed) -> CheckAndConsumeRequest:
@@ -135,6 +139,7 @@ def asked(record: Consumed) -> CheckAndConsumeRequest:
         subject=record.subject,
         usage=report.usage,
         mode=MODE_ADJUST_ONLY,
+        traceparent=report.traceparent,
     )
     if report.HasField("event_time"):
         request.event_time.CopyFrom(report.event_time)

@@ -55,10 +55,11 @@ def rated_event(
     subject = posted.subject and f',"subject":"{posted.subject}"'
     booked = "" if transaction is None else f',"transaction":"{transaction}"'
     degraded = ',"degraded":true' if record.degraded else ""
+    trace = posted.traceparent and f',"traceparent":"{posted.traceparent}"'
     number, reverses = (f"#{correction}", f',"reverses":"{key}"') if correction else ("", "")
     return (
         f'{{"specversion":"1.0","id":"{key}{number}","source":"{_source(tenant)}","type":"{RATED}","subject":"{customer}"'
-        f',"time":"{time}","partitionkey":"{customer}","datacontenttype":"application/json","data":{{'
+        f',"time":"{time}","partitionkey":"{customer}"{trace},"datacontenttype":"application/json","data":{{'
         f'"idempotencyKey":"{key}","tenant":"{tenant}","customer":"{customer}"{subject},"eventTime":"{time}"'
         f',"recordedAt":"{recorded}","creditType":"{record.credit_type}","lines":[{",".join(lines)}]'
         f',"epoch":"{record.epoch}","sequence":"{record.sequence}"{booked}{degraded}{reverses}}}}}'

@@ -3,8 +3,8 @@
 isort:skip_file
 What is published outwards: the `data` of a CloudEvents 1.0 envelope (JSON form of these messages).
 Envelope: id = idempotency key (or crossing id), source = "/entitlement/" and the tenant, subject = customer,
-time = event_time, partitionkey = customer. At least once, per customer in order; the id is stable, so consumers can
-drop repeats. Amounts are nanos: 1e-9 of the credit type.
+time = event_time, partitionkey = customer, traceparent = of the call, when it was traced. At least once, per customer
+in order; the id is stable, so consumers can drop repeats. Amounts are nanos: 1e-9 of the credit type.
 """
 
 from collections import abc as _abc

@@ -223,6 +223,7 @@ class CheckAndConsumeRequest(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     EVENT_TIME_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
     """Required; the id of the usage event, for ever and in the whole tenant: 1..128 of A-Z a-z 0-9 . _ ~ @ / + = -"""
     customer: _builtins.str
@@ -231,6 +232,10 @@ class CheckAndConsumeRequest(_message.Message):
     """API key, user or workspace under the customer"""
     mode: Global___Mode.ValueType
     """default: NORMAL"""
+    traceparent: _builtins.str
+    """W3C Trace Context of the call; a gateway that traces writes its own span here. No part of what a repeated key is
+    compared with. Passed over unless it is version 00 and sampled.
+    """
     @_builtins.property
     def usage(self) -> _containers.RepeatedCompositeFieldContainer[Global___Usage]:
         """1..16 lines"""
@@ -248,10 +253,11 @@ class CheckAndConsumeRequest(_message.Message):
         usage: _abc.Iterable[Global___Usage] | None = ...,
         event_time: _timestamp_pb2.Timestamp | None = ...,
         mode: Global___Mode.ValueType = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["event_time", b"event_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["customer", b"customer", "event_time", b"event_time", "idempotency_key", b"idempotency_key", "mode", b"mode", "subject", b"subject", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["customer", b"customer", "event_time", b"event_time", "idempotency_key", b"idempotency_key", "mode", b"mode", "subject", b"subject", "traceparent", b"traceparent", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -576,12 +582,15 @@ class ReserveRequest(_message.Message):
     TTL_FIELD_NUMBER: _builtins.int
     EVENT_TIME_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     hold_id: _builtins.str
     """the caller's; also the idempotency key"""
     customer: _builtins.str
     subject: _builtins.str
     mode: Global___Mode.ValueType
     """NORMAL or BEST_EFFORT"""
+    traceparent: _builtins.str
+    """as CheckAndConsumeRequest has it; so in the others"""
     @_builtins.property
     def usage(self) -> _containers.RepeatedCompositeFieldContainer[Global___Usage]:
         """the most that may be used: 1..16 lines"""
@@ -604,10 +613,11 @@ class ReserveRequest(_message.Message):
         ttl: _duration_pb2.Duration | None = ...,
         event_time: _timestamp_pb2.Timestamp | None = ...,
         mode: Global___Mode.ValueType = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["event_time", b"event_time", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["customer", b"customer", "event_time", b"event_time", "hold_id", b"hold_id", "mode", b"mode", "subject", b"subject", "ttl", b"ttl", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["customer", b"customer", "event_time", b"event_time", "hold_id", b"hold_id", "mode", b"mode", "subject", b"subject", "traceparent", b"traceparent", "ttl", b"ttl", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -667,10 +677,12 @@ class ExtendRequest(_message.Message):
     TTL_FIELD_NUMBER: _builtins.int
     MORE_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     hold_id: _builtins.str
     customer: _builtins.str
     idempotency_key: _builtins.str
     """required with more"""
+    traceparent: _builtins.str
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
         """from now; default: as it was. At most 24 h after Reserve"""
@@ -687,10 +699,11 @@ class ExtendRequest(_message.Message):
         ttl: _duration_pb2.Duration | None = ...,
         more: _abc.Iterable[Global___Usage] | None = ...,
         idempotency_key: _builtins.str = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["customer", b"customer", "hold_id", b"hold_id", "idempotency_key", b"idempotency_key", "more", b"more", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["customer", b"customer", "hold_id", b"hold_id", "idempotency_key", b"idempotency_key", "more", b"more", "traceparent", b"traceparent", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -740,6 +753,7 @@ class SettleRequest(_message.Message):
     FINAL_FIELD_NUMBER: _builtins.int
     EVENT_TIME_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     hold_id: _builtins.str
     customer: _builtins.str
     idempotency_key: _builtins.str
@@ -748,6 +762,7 @@ class SettleRequest(_message.Message):
     """the last report: the rest is given back"""
     number: _builtins.int
     """Meter: this report's place in its stream, from 1 without a gap"""
+    traceparent: _builtins.str
     @_builtins.property
     def usage(self) -> _containers.RepeatedCompositeFieldContainer[Global___Usage]:
         """used since the last report: 0..16 lines, charged in full"""
@@ -766,10 +781,11 @@ class SettleRequest(_message.Message):
         final: _builtins.bool = ...,
         event_time: _timestamp_pb2.Timestamp | None = ...,
         number: _builtins.int = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["event_time", b"event_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["customer", b"customer", "event_time", b"event_time", "final", b"final", "hold_id", b"hold_id", "idempotency_key", b"idempotency_key", "number", b"number", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["customer", b"customer", "event_time", b"event_time", "final", b"final", "hold_id", b"hold_id", "idempotency_key", b"idempotency_key", "number", b"number", "traceparent", b"traceparent", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -171,7 +171,7 @@ class _Attempt:
             settled=account.settled,
             allowance=account.allowance,
             cycle_start=account.period_start,
-            request=request.payload,
+            request=request.payload + request.trace,
             degraded=request.mode is Mode.SETTLE,
         )
 

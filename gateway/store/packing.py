@@ -44,7 +44,7 @@ class Packer:
         self._charges: dict[int, tuple[Charge, bytes]] = {}
 
     def pack(self, request: Consume, charge: Charge) -> bytes:
-        tenant, customer, payload, lines = request.tenant, request.customer, request.payload, request.lines
+        tenant, customer, payload, lines = request.tenant, request.customer, request.payload + request.trace, request.lines
         seat = self._seats.get((tenant, customer)) or self._seat(tenant, customer)
         known = self._charges.get(id(charge))
         prices = self._price(charge) if known is None else known[1]
@@ -62,7 +62,7 @@ class Packer:
             seat.head,
             key_digest(tenant, customer, request.key),
             seat.journal,
-            fingerprint(payload),
+            fingerprint(request.payload),
             len(payload),
             payload,
             charge.mode or request.mode,
