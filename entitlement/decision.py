@@ -214,7 +214,8 @@ def consume_keys(request: Consume, partition: int) -> tuple[str, bytes, str]:
 def consume_arguments(request: Consume, charge: Charge, limits: Limits) -> list[str | bytes | int]:
     """ARGV of consume.lua."""
     return [
-        *(fingerprint(request.payload), request.payload + request.trace, int(charge.mode or request.mode), request.event_ms),
+        *(fingerprint(request.payload), request.payload + request.trace),
+        *(int(charge.mode or request.mode), request.event_ms),
         *account_arguments(request.tenant, request.customer, limits),
         *charge_arguments(charge),
         *[line.quantity for line in request.lines],

@@ -43,13 +43,18 @@ def taken(message: Traced) -> bytes:
 
 
 def split(data: bytes) -> tuple[bytes, bytes]:
-    """A request whose last field is this one, and the field; the field is empty where it is not. Only a caller who reads
-    the rest to its end can tell the field from bytes that look like it.
+    """A request whose last field is this one, and the field; the field is empty where it is not. Only a caller who
+    reads the rest to its end can tell the field from bytes that look like it.
     """
     field = data[-SIZE:]
     if not field.startswith(_HEAD) or not (text := field[len(_HEAD) :]).isascii() or not is_traceparent(text.decode()):
         return data, b""
     return data[:-SIZE], field
+
+
+def in_request(data: bytes) -> str:
+    """The traceparent that a request of our own ends with, sampled or not."""
+    return text_of(split(data)[1])
 
 
 def mark(request: bytes, traceparent: str) -> bytes:

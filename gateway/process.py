@@ -19,13 +19,13 @@ from gateway.degraded import Degraded
 from gateway.denials import Denials
 from gateway.fence import Fence
 from gateway.figures import Parts
-from gateway.holds import Holds
 from gateway.receipts import Receipts, tend
 from gateway.settings import Settings
 from gateway.store.connection import Endpoint
 from gateway.store.control import Control
 from gateway.store.hold_store import HoldStore
 from gateway.store.redis_store import RedisStore
+from gateway.tracing import opened
 from gateway.transport.gatekeeper import Gatekeeper
 from gateway.transport.grpcio import GrpcioTransport
 from gateway.transport.servicers import Servicers
@@ -41,6 +41,7 @@ class Core:
     def __init__(self, settings: Settings, failures: Callable[[], int] = lambda: 0) -> None:
         """`failures`: calls that ended in an error nobody foresaw, as the transport counts them."""
         self._settings = settings
+        self.traces = traces = opened(on=settings.tracing)
         limits = Limits(remember_ms=settings.remember_ms)
         self._catalog = Catalog(durability=settings.unless_said)
         self.receipts = Receipts(settings.receipts_base, max_bytes=settings.receipts_max_mib << 20)
@@ -64,13 +65,16 @@ class Core:
             load_timeout_ms=settings.load_timeout_ms,
         )
         self._degraded = Degraded(self._catalog, self.receipts, lambda: self._store.comings, settings.tenant)
-        self.admission = Admission(self._store, self._catalog, self._control, self._degraded, settings.max_in_flight)
-        holds = Holds(
-            HoldStore(self._store, self.receipts, limits, settings.partitions),
+        store = traces.store(self._store)
+        self.admission = traces.admission(store, self._catalog, self._control, self._degraded, settings.max_in_flight)
+        holds = traces.holds(
+            HoldStore(store, self.receipts, limits, settings.partitions),
             *(self._catalog, self._control, self.admission),
         )
         self._gate = _gate(settings)
-        self.servicers = Servicers(self.admission, holds, self._store, self._control, denials, settings, self._gate)
+        self.servicers = Servicers(
+            *(self.admission, holds, store, self._control, denials, settings, self._gate), trace=traces.handlers
+        )
         self._pulse = Pulse(monotonic)
         self._parts = Parts(
             *(self.admission, holds, self._store, self.receipts, self._degraded, self._catalog, self._pulse),
@@ -127,6 +131,7 @@ class Core:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._store.stop()
         await self.receipts.stop()
+        await self.traces.stop()
         exposition.remove(self._parts)
 
     def _swap(self, snapshot: Snapshot) -> None:

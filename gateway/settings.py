@@ -13,6 +13,7 @@ import msgspec
 from entitlement.catalog import Durability
 from entitlement.environment import settings_in
 from entitlement.errors import InvalidArgument
+from entitlement.extras import need
 from entitlement.identity import check_id
 from entitlement.quantity import parse_integer, within
 from entitlement.redaction import Redactor, of_url
@@ -53,6 +54,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_message_bytes: int = 4_194_304  # 1024..67108864
     drain_ms: int = 5_000  # 0..600000: how long calls in flight may finish after SIGTERM
     metrics: str = ""  # host:port of figures for Prometheus, /livez and /readyz; empty: none
+    tracing: bool = False  # spans by OpenTelemetry, which its own OTEL_... configure; needs the extra `otel`
     log_level: str = "info"
 
     def __repr__(self) -> str:
@@ -149,6 +151,8 @@ def _checked(settings: Settings) -> Settings:
         raise InvalidArgument("listen", "is empty; expected host:port or unix:/path, comma-separated")
     if settings.frontdoor:
         mapping.load(settings.frontdoor)
+    if settings.tracing:
+        need("tracing", "opentelemetry.sdk", "otel")
     if settings.metrics:
         _split("metrics", settings.metrics)
     for address in settings.addresses:

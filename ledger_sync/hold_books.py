@@ -130,9 +130,7 @@ def _line(line: HeldLine, record: Held) -> HoldLine:
 
 def _extended(hold: Hold, record: Held) -> Hold:
     added = tuple(_line(line, record) for line in record.lines)
-    extensions = (
-        (*hold.extensions, Extension(_mark(record.request), record)) if record.request else hold.extensions
-    )
+    extensions = (*hold.extensions, Extension(_mark(record.request), record)) if record.request else hold.extensions
     return msgspec.structs.replace(
         hold,
         remaining=hold.remaining + record.amount,

@@ -28,6 +28,7 @@ from ledger_sync.settings import Settings
 from ledger_sync.settlement import Outcome
 from ledger_sync.soundings import Soundings
 from ledger_sync.telemetry import Figures
+from ledger_sync.tracing import opened
 from ledger_sync.webhooks import Webhooks, declare, target_of
 from ledger_sync.worker import Health, Loop, Worker
 
@@ -48,8 +49,9 @@ class Process:
         self._figures = Figures()
         self._random = Random()  # noqa: S311  Spreads retries.
         self._target = target_of(settings)
-        self._publisher = open_publisher(
-            settings.publisher or settings.redis_url, deadline_ms=settings.publisher_deadline_ms
+        self.traces = opened(on=settings.tracing)
+        self._publisher = self.traces.publisher(
+            open_publisher(settings.publisher or settings.redis_url, deadline_ms=settings.publisher_deadline_ms)
         )
         self._readers = [
             JournalReader.connect(
@@ -81,7 +83,7 @@ class Process:
         self._ledger = ledger = await open_ledger(settings)
         await declare(ledger, self._target)
         drain = Drain(
-            ledger,
+            self.traces.ledger(ledger),
             self._readers,
             figures=self._figures,
             on_commit=self._committed,
@@ -129,6 +131,7 @@ class Process:
         await self._hot.close()
         if self._ledger:
             await self._ledger.close()
+        await self.traces.stop()
         self._exposition.stop()
 
     def components(self) -> Components:

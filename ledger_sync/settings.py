@@ -13,6 +13,7 @@ import msgspec
 
 from entitlement.environment import settings_in
 from entitlement.errors import InvalidArgument
+from entitlement.extras import need
 from entitlement.identity import check_id
 from entitlement.quantity import parse_integer, within
 from entitlement.redaction import Redactor, of_url
@@ -62,6 +63,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     webhook_secret_file: str = ""  # the file that holds it
     webhook_types: str = ""  # of events, comma-separated; empty: all
     webhook_timeout_ms: int = 10_000  # 100..60000: how long an attempt may take
+    tracing: bool = False  # spans by OpenTelemetry, which its own OTEL_... configure; needs the extra `otel`
     log_level: str = "info"
 
     def __repr__(self) -> str:
@@ -134,6 +136,8 @@ def _checked(settings: Settings) -> Settings:
     for address in settings.addresses:
         if not address.startswith("unix:/"):
             _check_loopback(address, split_address("listen", address)[0], insecure=settings.insecure)
+    if settings.tracing:
+        need("tracing", "opentelemetry.sdk", "otel")
     if settings.metrics:
         split_address("metrics", settings.metrics)
     if settings.webhook_url:

@@ -66,7 +66,7 @@ class Decisions:
 def encoded(request: Request, options: Options) -> tuple[str, bytes]:
     """The request's key, made when it has none, and the request on the wire."""
     key = options.key(request.key)
-    return key, encode(request, key)
+    return key, encode(request, key, options.traceparent())
 
 
 async def _ended(answer: _Answer | EntitlementCallError) -> None:

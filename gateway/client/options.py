@@ -11,6 +11,7 @@ import msgspec
 
 from gateway.client.backoff import Backoff
 from gateway.client.errors import call_error
+from gateway.client.tracing import caller
 from gateway.client.values import random_key
 
 MAX_BATCH = 1_000  # requests: a gateway's own limit
@@ -61,6 +62,7 @@ class Options(msgspec.Struct, frozen=True):
     channel_options: tuple[tuple[str, str | int], ...]
     backoff: Backoff
     new_key: Callable[[], str] = random_key
+    traceparent: Callable[[], str] = msgspec.field(default_factory=caller)  # of whoever calls
 
     def __post_init__(self) -> None:
         """Raises ValueError for what is out of bounds, and for a token that would travel in plain text."""

@@ -19,6 +19,7 @@ from gateway.client.errors import ClientClosed, EntitlementCallError
 from gateway.client.lane import MAX_AWAY
 from gateway.client.options import Options
 from gateway.client.questions import ALONE, Answer, Question
+from gateway.client.tracing import told, told_together
 from gateway.client.wire import MANY, ONE, WATCH, Answers, answers, joined, no_answer, one_answer, translated
 
 
@@ -26,7 +27,8 @@ class ThreadWire:
     """`decide` is for the lane's event loop, `ask` and `watch` block the thread that calls them."""
 
     def __init__(self, options: Options) -> None:
-        self._metadata = options.metadata
+        self._metadata = told(options.metadata, options.traceparent)
+        self._together = told_together(options.metadata, options.traceparent)
         if options.tls is None:
             self._channel = grpc.insecure_channel(options.target, options=options.channel())
         else:
@@ -54,8 +56,8 @@ class ThreadWire:
     def _decide(self, requests: Sequence[bytes], timeout_s: float) -> Answers:
         try:
             if len(requests) == 1:
-                return one_answer(self._one(requests[0], timeout=timeout_s, metadata=self._metadata()))
-            data = self._many(joined(requests), timeout=timeout_s, metadata=self._metadata())
+                return one_answer(self._one(requests[0], timeout=timeout_s, metadata=self._together(requests)))
+            data = self._many(joined(requests), timeout=timeout_s, metadata=self._together(requests))
             return answers(data, len(requests))
         except (grpc.RpcError, DecodeError, ValueError) as error:
             raise self._translated(error) from None

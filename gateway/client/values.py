@@ -162,13 +162,15 @@ def random_key() -> str:
     return secrets.token_hex(16)
 
 
-def encode(request: Request, key: str) -> bytes:
+def encode(request: Request, key: str, traceparent: str = "") -> bytes:
     """The request on the wire. Raises InvalidArgument as `packed` does."""
-    return packed(lambda: _message(request, key), key)
+    return packed(lambda: _message(request, key, traceparent), key)
 
 
-def _message(request: Request, key: str) -> pb.CheckAndConsumeRequest:
-    message = pb.CheckAndConsumeRequest(idempotency_key=key, customer=request.customer, mode=MODES[request.mode])
+def _message(request: Request, key: str, traceparent: str) -> pb.CheckAndConsumeRequest:
+    message = pb.CheckAndConsumeRequest(
+        idempotency_key=key, customer=request.customer, mode=MODES[request.mode], traceparent=traceparent
+    )
     add_lines(message.usage, request.usage)
     if request.subject is not None:
         message.subject = request.subject

@@ -18,6 +18,7 @@ from entitlement.v1 import gateway_pb2 as pb
 from gateway.client.errors import ClientClosed, EntitlementCallError, call_error
 from gateway.client.options import Options
 from gateway.client.questions import ALONE, Answer, Question
+from gateway.client.tracing import told, told_together
 
 _SERVICE = "/entitlement.v1.EntitlementGateway/"
 ONE = f"{_SERVICE}CheckAndConsume"
@@ -32,7 +33,8 @@ class Wire:
     """A channel of grpc.aio. Belongs to the event loop it was made on."""
 
     def __init__(self, options: Options) -> None:
-        self._metadata = options.metadata
+        self._metadata = told(options.metadata, options.traceparent)
+        self._together = told_together(options.metadata, options.traceparent)
         if options.tls is None:
             self._channel = grpc.aio.insecure_channel(options.target, options=options.channel())
         else:
@@ -57,8 +59,8 @@ class Wire:
         """An answer for each encoded request, in order. Raises EntitlementCallError when none has one."""
         try:
             if len(requests) == 1:
-                return one_answer(await self._one(requests[0], timeout=timeout_s, metadata=self._metadata()))
-            data = await self._many(joined(requests), timeout=timeout_s, metadata=self._metadata())
+                return one_answer(await self._one(requests[0], timeout=timeout_s, metadata=self._together(requests)))
+            data = await self._many(joined(requests), timeout=timeout_s, metadata=self._together(requests))
             return answers(data, len(requests))
         except (grpc.RpcError, DecodeError) as error:
             raise translated(error) from None

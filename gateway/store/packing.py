@@ -44,7 +44,8 @@ class Packer:
         self._charges: dict[int, tuple[Charge, bytes]] = {}
 
     def pack(self, request: Consume, charge: Charge) -> bytes:
-        tenant, customer, payload, lines = request.tenant, request.customer, request.payload + request.trace, request.lines
+        tenant, customer, lines = request.tenant, request.customer, request.lines
+        payload = request.payload + request.trace
         seat = self._seats.get((tenant, customer)) or self._seat(tenant, customer)
         known = self._charges.get(id(charge))
         prices = self._price(charge) if known is None else known[1]

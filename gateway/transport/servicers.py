@@ -21,6 +21,7 @@ from gateway.holds import Holds
 from gateway.service import GatewayService
 from gateway.settings import Settings
 from gateway.store.protocol import HotStore
+from gateway.tracing import Handlers
 from gateway.transport.gatekeeper import Gatekeeper
 
 SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["EntitlementGateway"].full_name
@@ -55,6 +56,8 @@ class Servicers:
         denials: Denials,
         settings: Settings,
         gate: Gatekeeper | None = None,
+        *,
+        trace: Callable[[str, Handlers], Handlers],
     ) -> None:
         """`gate`: lets in who may call; without one everybody may."""
         self._gate = gate
@@ -62,6 +65,7 @@ class Servicers:
         self._holds = HoldService(holds, denials, admission, settings.tenant)
         file = settings.frontdoor
         self.front = FrontDoors(file, admission, store, denials, settings.tenant, gate) if file else None
+        self._trace = trace
         self._health = health.aio.HealthServicer()
         self._reflection = settings.reflection
         self._watch: asyncio.Task[None] | None = None
@@ -71,7 +75,7 @@ class Servicers:
         services = {SERVICE: self._service.handlers() | self._holds.handlers()} | (
             self.front.services if self.front else {}
         )
-        for service, handlers in services.items():
+        for service, handlers in [(name, self._trace(name, methods)) for name, methods in services.items()]:
             server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
             server.add_registered_method_handlers(service, handlers)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
