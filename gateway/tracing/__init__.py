@@ -18,15 +18,11 @@ Handlers: TypeAlias = "dict[str, grpc.RpcMethodHandler[Any, Any]]"
 
 
 class Store(HotStore, Scripts, Protocol):
-    """Traces, where the setting `tracing` asks for them: the parts that see calls are made as their traced kind then, and
-    as themselves otherwise, so that traces which are off cost nothing. OpenTelemetry is imported only when they are on.
-    """
+    """What decisions are made on."""
 
 
 class Untraced:
-    """Traces, where the setting `tracing` asks for them: the parts that see calls are made as their traced kind then, and
-    as themselves otherwise, so that traces which are off cost nothing. OpenTelemetry is imported only when they are on.
-    """
+    """Everything as it is."""
 
     def __init__(self) -> None:
         self.admission: Callable[..., Admission] = Admission
@@ -39,15 +35,11 @@ class Untraced:
         return handlers
 
     async def stop(self) -> None:
-        """Traces, where the setting `tracing` asks for them: the parts that see calls are made as their traced kind then, and
-        as themselves otherwise, so that traces which are off cost nothing. OpenTelemetry is imported only when they are on.
-        """
+        """Sends what has not been sent, within bounds. May be called twice."""
 
 
 def opened(*, on: bool) -> Untraced:
-    """Traces, where the setting `tracing` asks for them: the parts that see calls are made as their traced kind then, and
-    as themselves otherwise, so that traces which are off cost nothing. OpenTelemetry is imported only when they are on.
-    """
+    """Raises InvalidArgument when OpenTelemetry's own variables ask for what is not there."""
     if not on:
         return Untraced()
     from gateway.tracing.provider import provider
