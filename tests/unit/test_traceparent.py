@@ -115,7 +115,7 @@ def test_the_ledger_reads_it_compares_without_it_and_publishes_it() -> None:
     of_plain, of_traced = (rated_event(event, record, 42, {1: "ada-1"}) for event in (plain, traced))
     told = f',"traceparent":"{SAMPLED}"'.encode()
     assert told in of_traced and of_traced.replace(told, b"") == of_plain
-    attributes = {name: "x" for name in ("id", "source", "type", "subject", "time", "partitionkey")}
+    attributes = dict.fromkeys(("id", "source", "type", "subject", "time", "partitionkey"), "x")
     same = envelope(**attributes, traceparent=SAMPLED, data={})
     assert b'"partitionkey":"x"' + told + b',"datacontenttype"' in same
 
