@@ -131,8 +131,8 @@ class Core:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._store.stop()
         await self.receipts.stop()
-        await self.traces.stop()
         exposition.remove(self._parts)
+        await self.traces.stop()
 
     def _swap(self, snapshot: Snapshot) -> None:
         self._catalog.swap(snapshot)

@@ -131,8 +131,8 @@ class Process:
         await self._hot.close()
         if self._ledger:
             await self._ledger.close()
-        await self.traces.stop()
         self._exposition.stop()
+        await self.traces.stop()
 
     def components(self) -> Components:
         """What has to be well for the ledger to be kept up to date and asked."""

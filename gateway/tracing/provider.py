@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 
 from entitlement.errors import InvalidArgument
 
-STOP_S: Final = 5.0  # for what has not been sent when the process stops
+STOP_S: Final = 2.0  # for what has not been sent when the process stops
 _GROUP: Final = "opentelemetry_traces_exporter"
 
 

@@ -19,6 +19,7 @@ from opentelemetry.trace import SpanKind
 from entitlement.span_contexts import text_of
 from entitlement.v1 import gateway_pb2 as pb
 from gateway.client import Client, SyncClient
+from tests.control_rig import eventually
 from tests.servers import PostgresProcess, ValkeyProcess
 from tests.traced_rig import CUSTOMER, TracedRig, names_of, request, trace_of, traced_rig
 
@@ -191,9 +192,11 @@ async def test_a_retry_under_another_trace_is_the_same_request_and_booked_once(r
 
 async def settled(rig: TracedRig, *keys: str) -> list[tuple[str, int]]:
     """What the ledger has booked for these keys, once it has all of them, and each is published."""
-    async with asyncio.timeout(20):
-        while not rig.events().keys() >= set(keys):
-            await asyncio.sleep(0.01)
+
+    async def published() -> bool:
+        return rig.events().keys() >= set(keys)
+
+    await eventually(published)
     query = "SELECT idempotency_key, amount FROM usage_events WHERE idempotency_key = ANY($1) ORDER BY event_time"
     return [tuple(row) for row in await rig.rows(query, list(keys))]
 

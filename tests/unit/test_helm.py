@@ -493,7 +493,7 @@ def test_the_image_has_both_processes_and_what_they_may_need() -> None:
         assert name in {"FROM", "RUN", "COPY", "WORKDIR", "ENV", "USER", "VOLUME", "EXPOSE", "ENTRYPOINT", "CMD"}
     extras = set(re.findall(r"--extra (\w+)", str(found)))
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert extras == {"envoy", "kafka", "nats"} and extras <= known.keys()
+    assert extras == {"envoy", "kafka", "nats", "otel"} and extras <= known.keys()
     assert any("--constraint .ci/requirements.txt" in rest for _, rest in found)
     (user,) = (rest for word, rest in found if word == "USER")
     assert user.split(":")[0] == str(yaml.safe_load((CHART / "values.yaml").read_text())["runAsUser"])

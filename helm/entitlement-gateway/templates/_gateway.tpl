@@ -30,6 +30,7 @@
 - name: ENTITLEMENT_GATEWAY_METRICS
   value: "0.0.0.0:{{ int64 .Values.metrics.gatewayPort }}"
 {{- end }}
+{{- include "entitlement-gateway.tracing" (list . "ENTITLEMENT_GATEWAY") }}
 {{- if .Values.gateway.frontdoor }}
 - name: ENTITLEMENT_GATEWAY_FRONTDOOR
   value: /etc/entitlement/frontdoor/mapping.yaml

@@ -150,3 +150,18 @@ topologySpreadConstraints:
 {{- end -}}
 {{- end -}}
 {{- end -}}
+
+{{/* Variables of traces, where somebody takes them: (list scope prefix). */}}
+{{- define "entitlement-gateway.tracing" -}}
+{{- $tracing := (first .).Values.tracing -}}
+{{- if $tracing.endpoint }}
+- name: {{ last . }}_TRACING
+  value: "true"
+- name: OTEL_EXPORTER_OTLP_ENDPOINT
+  value: {{ $tracing.endpoint | quote }}
+- name: OTEL_TRACES_SAMPLER
+  value: parentbased_traceidratio
+- name: OTEL_TRACES_SAMPLER_ARG
+  value: {{ $tracing.ratio | quote }}
+{{- end }}
+{{- end -}}

@@ -22,6 +22,7 @@
 - name: ENTITLEMENT_SYNC_METRICS
   value: "0.0.0.0:{{ int64 .Values.metrics.port }}"
 {{- end }}
+{{- include "entitlement-gateway.tracing" (list . "ENTITLEMENT_SYNC") }}
 {{- range $name, $ref := dict "PUBLISHER" .Values.publisher.urlSecret "WEBHOOK_URL" .Values.webhooks.urlSecret "WEBHOOK_SECRET" .Values.webhooks.signingSecret }}
 {{- if $ref.name }}
 - name: ENTITLEMENT_SYNC_{{ $name }}

@@ -29,6 +29,12 @@
 {{- end -}}
 {{- end -}}
 
+{{- define "entitlement-gateway.egress.tracing" -}}
+{{- with .Values.tracing.endpoint }}
+- ports: [{port: {{ regexFind "[0-9]+$" . }}}]
+{{- end }}
+{{- end -}}
+
 {{/* Peers: the release's pods of some components: (list scope component...). */}}
 {{- define "entitlement-gateway.peers" -}}
 {{- $scope := first . -}}
