@@ -78,6 +78,13 @@ def of_url(url: str) -> tuple[str, ...]:
     return tuple(found for found in (password, *options) if found)
 
 
+def of_collector(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """What OpenTelemetry's exporter was given to show to its collector: it may hold a token."""
+    names = ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")
+    given = [environment[name] for name in names if name in environment]
+    return (*given, *(pair.partition("=")[2] for text in given for pair in text.split(",")))
+
+
 def _forms(secret: str) -> set[str]:
     """As it is, as a URL has it, and as a text in quotes does."""
     plain = unquote(secret)

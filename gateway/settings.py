@@ -16,7 +16,7 @@ from entitlement.errors import InvalidArgument
 from entitlement.extras import need
 from entitlement.identity import check_id
 from entitlement.quantity import parse_integer, within
-from entitlement.redaction import Redactor, of_url
+from entitlement.redaction import Redactor, of_collector, of_url
 from gateway.frontdoor import mapping
 from gateway.store.connection import Endpoint
 
@@ -66,7 +66,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def redactor(self) -> Redactor:
         """Takes what is secret here out of any text."""
-        return Redactor(of_url(self.redis_url))
+        return Redactor([*of_url(self.redis_url), *of_collector(os.environ)])
 
     @property
     def receipts_base(self) -> Path:

@@ -16,7 +16,7 @@ from entitlement.errors import InvalidArgument
 from entitlement.extras import need
 from entitlement.identity import check_id
 from entitlement.quantity import parse_integer, within
-from entitlement.redaction import Redactor, of_url
+from entitlement.redaction import Redactor, of_collector, of_url
 from ledger_sync.announcements import TYPES
 
 PREFIX: Final = "ENTITLEMENT_SYNC_"
@@ -81,7 +81,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         urls = (self.redis_url, self.database_url, self.publisher, self.webhook_url)
         hook = urlsplit(self.webhook_url).path  # Some who take webhooks know their senders by it.
         given = (self.webhook_secret, hook, os.environ.get("PGPASSWORD", ""), _content(self.webhook_secret_file))
-        return Redactor([*given, *(secret for url in urls for secret in of_url(url))])
+        return Redactor([*given, *of_collector(os.environ), *(secret for url in urls for secret in of_url(url))])
 
     @property
     def addresses(self) -> tuple[str, ...]:

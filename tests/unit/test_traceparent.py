@@ -6,16 +6,19 @@ import sys
 
 import pytest
 
+from entitlement import receipt
 from entitlement.decision import Charge, Limits, Price, consume_arguments
 from entitlement.errors import InvalidArgument
 from entitlement.extras import need
 from entitlement.hold_requests import parse_extend, parse_reserve, parse_settle
 from entitlement.identity import fingerprint
+from entitlement.journal import Held, HeldLine
 from entitlement.request import decode, parse_consume, read_consume
 from entitlement.traceparent import field_of, in_request, is_traceparent, mark, split, text_of
 from entitlement.v1 import gateway_pb2 as pb
 from gateway.store.packing import Packer
 from ledger_sync.cloudevents import envelope
+from ledger_sync.hold_books import folded
 from ledger_sync.posting import Posted, read
 from ledger_sync.rated import rated_event
 from tests.journal_records import consumed, posted
@@ -104,6 +107,33 @@ def test_of_holds_too() -> None:
         assert (call.asked.trace, SAMPLED.encode() in call.asked.payload) == (field_of(SAMPLED), False)
     ended = parse_settle(TENANT, pb.SettleRequest(final=True, idempotency_key="s2", **more))  # type: ignore[arg-type]
     assert SAMPLED.encode() not in ended.asked.payload
+
+
+def test_a_receipt_brings_it_back() -> None:
+    request = read_consume(TENANT, as_bytes(asked(SAMPLED)))
+    found = receipt.parse(receipt.draft(request, b"plan\0" + b"1\0tokens", 5, receipt.DEGRADED), TENANT)
+    assert isinstance(found, receipt.Granted)
+    assert (found.request.payload, found.request.trace) == (request.payload, field_of(SAMPLED))
+
+
+def test_a_hold_that_the_ledger_puts_back_is_compared_without_it() -> None:
+    usage = [pb.Usage(feature="tokens", quantity=5)]
+    reserve = pb.ReserveRequest(hold_id="h1", customer="bob", usage=usage).SerializeToString(deterministic=True)
+    extend = pb.ExtendRequest(hold_id="h1", customer="bob", more=usage, idempotency_key="e1").SerializeToString()
+    for trace in (b"", field_of(SAMPLED)):
+        hold = folded([held(reserve + trace, 1), held(extend + trace, 2, extension=True)])
+        assert hold is not None
+        assert hold.fingerprint == fingerprint(reserve)
+        assert [extension.fingerprint for extension in hold.extensions] == [fingerprint(extend)]
+
+
+def held(payload: bytes, sequence: int, *, extension: bool = False) -> Held:
+    return Held(
+        **{"tenant": TENANT, "customer": "bob", "epoch": 1, "sequence": sequence, "version": 1, "recorded_ms": 5},
+        **{"event_ms": 5, "created_ms": 5, "expires_ms": 9, "extension": extension, "amount": 5, "credit_type": "USD"},
+        **{"plan": "llm", "rate_version": "1", "hold": "h1", "subject": "", "request": payload},
+        lines=(HeldLine("tokens", 5, 5),),
+    )
 
 
 def test_the_ledger_reads_it_compares_without_it_and_publishes_it() -> None:

@@ -9,7 +9,9 @@ import pytest
 
 from entitlement.account import Billing, HotGrant, Quota, Status
 from entitlement.decision import Decision, Mismatch, Mode, NotLoaded, OutOfRange, OutOfTime, Reason, Stale, Verdict
+from entitlement.journal import Consumed
 from entitlement.periods import DAY, Recurrence
+from entitlement.traceparent import field_of
 from tests.hot_stores import IMAGES, TENANT, TOKENS, Hot, account, charge, request
 
 
@@ -24,6 +26,22 @@ async def test_a_repeated_call_gets_the_first_answer_and_charges_nothing(hot: Ho
     assert await hot.decide("k1", (TOKENS, 300)) == replay_of(first)
     assert await hot.decide("k1", (TOKENS, 300)) == replay_of(first)
     assert hot.everything() == before
+
+
+async def test_a_repeated_call_of_another_trace_gets_the_first_answer(
+    hot: Hot,
+) -> None:
+    hot.put(account(HotGrant(1, 1_000)))
+    asked = request("k1", (TOKENS, 300))
+    traced = [
+        msgspec.structs.replace(asked, trace=field_of(f"00-{number * 32}-{number * 16}-01")) for number in ("1", "2")
+    ]
+    first, again = [await hot.store.consume(one, charge(one)) for one in traced]
+    assert isinstance(first, Decision) and again == replay_of(first)
+    assert await hot.store.consume(asked, charge(asked)) == replay_of(first)
+    assert [record.request for record in hot.journal() if isinstance(record, Consumed)] == [
+        asked.payload + traced[0].trace
+    ]
 
 
 async def test_the_first_answer_comes_back_even_when_the_balance_has_moved_on(hot: Hot) -> None:
