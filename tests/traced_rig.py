@@ -158,14 +158,27 @@ async def traced_rig(valkey_url: str, dsn: str, secrets: dict[str, str]) -> Asyn
         events = Path(folder, "events.jsonl")
         sync = Sync(
             SyncSettings(
-                **{"redis_url": url, "database_url": database, "listen": "127.0.0.1:0", "tenant": TENANT},
-                **{"publisher": f"file://{events}", "patrol_s": 0, "linger_ms": 1, "tracing": True},
+                redis_url=url,
+                database_url=database,
+                listen="127.0.0.1:0",
+                tenant=TENANT,
+                publisher=f"file://{events}",
+                patrol_s=0,
+                linger_ms=1,
+                tracing=True,
             )
         )
         gateway = Gateway(
             Settings(
-                **{"redis_url": url, "listen": "127.0.0.1:0", "tenant": TENANT, "redis_timeout_ms": 5_000},
-                **{"receipts_dir": folder, "load_timeout_ms": 10_000, "tracing": True, "drain_ms": 1_000},
+                redis_url=url,
+                listen="127.0.0.1:0",
+                tenant=TENANT,
+                anonymous="all",
+                redis_timeout_ms=5_000,
+                load_timeout_ms=10_000,
+                receipts_dir=folder,
+                drain_ms=1_000,
+                tracing=True,
             )
         )
         try:
