@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 import structlog
@@ -27,6 +28,7 @@ def configure(level: str, redactor: Redactor | None = None) -> None:
     foreign = structlog.stdlib.ProcessorFormatter
     handler.setFormatter(foreign(foreign_pre_chain=shared, processors=[foreign.remove_processors_meta, *last]))
     logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler], force=True)
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # Its core writes a line of its own for each broken header.
     logging.getLogger("grpc").propagate = False  # A trace for each broken call of a caller; what is ours is told by us.
     structlog.configure(
         processors=[*shared, *last],

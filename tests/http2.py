@@ -185,18 +185,7 @@ class Connection:
             ("te", "trailers"),
             *headers,
         ]
-        block = b"".join(literal(name, value) for name, value in given)
-        blocks = [block[at : at + MOST] for at in range(0, len(block), MOST)]
-        out = b"".join(
-            frame(CONTINUATION if number else HEADERS, END_HEADERS if number + 1 == len(blocks) else 0, stream, part)
-            for number, part in enumerate(blocks)
-        )
-        parts = [body[at : at + MOST] for at in range(0, len(body), MOST)] or [b""]
-        for number, part in enumerate(parts, 1):
-            last = end and number == len(parts)
-            if part or last:
-                out += frame(DATA, END_STREAM if last else 0, stream, part)
-        return out
+        return request(stream, given, body, end=end)
 
     def data(self, stream: int, data: bytes, *, end: bool = False) -> None:
         self.send(frame(DATA, END_STREAM if end else 0, stream, data))
@@ -276,7 +265,7 @@ class Connection:
     def begins(self, stream: int) -> dict[str, str] | None:
         """The first headers of an answer; None when the server closed before."""
         got = self.until(lambda got: got.kind == HEADERS and got.stream == stream)
-        return None if got is None else decode(_unpadded(got))
+        return None if got is None else decode(unpadded(got))
 
     def outcome(self, stream: int) -> dict[str, str]:
         """The end of a call: its last headers or trailers, {"reset": code}, {"goaway": code} or {"closed": ""}."""
@@ -293,7 +282,7 @@ class Connection:
             return {"reset": str(int.from_bytes(got.payload, "big"))}
         if got.kind == GOAWAY:
             return {"goaway": str(int.from_bytes(got.payload[4:8], "big"))}
-        return decode(_unpadded(got)) if got.kind == HEADERS else {}
+        return decode(unpadded(got)) if got.kind == HEADERS else {}
 
     def counts(self) -> dict[int, int]:
         """How many bytes of data have come on each stream."""
@@ -302,6 +291,22 @@ class Connection:
             if got.kind == DATA:
                 found[got.stream] += len(got.payload)
         return found
+
+
+def request(stream: int, headers: Sequence[tuple[str, str | bytes]], body: bytes, *, end: bool = True) -> bytes:
+    """The frames of a call, whatever its headers say."""
+    block = b"".join(literal(name, value) for name, value in headers)
+    blocks = [block[at : at + MOST] for at in range(0, len(block), MOST)]
+    out = b"".join(
+        frame(CONTINUATION if number else HEADERS, END_HEADERS if number + 1 == len(blocks) else 0, stream, part)
+        for number, part in enumerate(blocks)
+    )
+    parts = [body[at : at + MOST] for at in range(0, len(body), MOST)] or [b""]
+    for number, part in enumerate(parts, 1):
+        last = end and number == len(parts)
+        if part or last:
+            out += frame(DATA, END_STREAM if last else 0, stream, part)
+    return out
 
 
 def setting(number: int, value: int) -> bytes:
@@ -319,7 +324,7 @@ def connect(address: str, timeout: float = 10.0) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout)
 
 
-def _unpadded(got: Frame) -> bytes:
+def unpadded(got: Frame) -> bytes:
     payload = got.payload
     if got.flags & PADDED:
         payload = payload[1 : len(payload) - payload[0]]

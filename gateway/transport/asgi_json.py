@@ -14,10 +14,12 @@ import orjson
 from google.protobuf import descriptor_pool, json_format, message_factory
 from google.protobuf.message import Message
 
+from entitlement.errors import InvalidArgument
 from gateway.transport.asgi import MAX_MESSAGE_BYTES, GrpcApp
 from gateway.transport.asgi_context import Aborted, Context, Event, PeerGone, Receive, Send
 from gateway.transport.asgi_stream import NOT_IMPLEMENTED, Handler
 from gateway.transport.frames import BadFrame
+from gateway.transport.json_form import parse
 
 _HTTP = {
     "CANCELLED": 499,
@@ -130,13 +132,10 @@ def _method(path: str) -> Any:
 
 
 def _parsed(method: Any, body: bytes) -> Message:
-    request: Message = message_factory.GetMessageClass(method.input_type)()
-    if body and body.lstrip()[:1] != b"{":  # An empty list would pass for an empty message.
-        raise _Refused("INVALID_ARGUMENT", "body: expected a JSON object")
     try:
-        return json_format.Parse(body or b"{}", request)
-    except (json_format.ParseError, UnicodeDecodeError, RecursionError) as error:
-        raise _Refused("INVALID_ARGUMENT", f"body: {str(error)[:300]}") from None
+        return parse(method.input_type, body)
+    except InvalidArgument as error:
+        raise _Refused("INVALID_ARGUMENT", str(error) if error.field == "body" else f"body: {error}") from None
 
 
 async def _send(context: Context, status: int, body: bytes) -> None:

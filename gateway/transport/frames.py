@@ -106,8 +106,8 @@ def unpack(flag: int, data: bytes, limit: int, *, gzip: bool) -> bytes:
     unpacker = zlib.decompressobj(wbits=_GZIP)
     try:
         message = unpacker.decompress(data, limit + 1)
-    except zlib.error as error:
-        raise BadFrame(f"gzip message does not inflate: {error}") from None
+    except zlib.error:
+        raise BadFrame("gzip message does not inflate") from None
     if len(message) > limit:
         raise BadFrame(f"message inflates to more than the limit of {limit} bytes", oversized=True)
     if not unpacker.eof:

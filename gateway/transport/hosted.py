@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from typing import Any
 
 from entitlement.errors import EntitlementError
 from gateway import telemetry
@@ -58,6 +59,7 @@ async def _live(scope: Event, receive: Receive, send: Send) -> None:
     try:
         settings = load()
         telemetry.configure(settings.log_level, settings.redactor)
+        asyncio.get_running_loop().set_exception_handler(_unless_pyvoy)
         doors = Doors(settings)
         await doors.core.start()
     except EntitlementError as error:
@@ -75,6 +77,15 @@ async def _live(scope: Event, receive: Receive, send: Send) -> None:
     await ended
     await doors.core.stop()
     await send({"type": "lifespan.shutdown.complete"})
+
+
+def _unless_pyvoy(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """pyvoy answers a receive that was cancelled because a deadline had passed. Nothing is wrong, and callers, who choose
+    deadlines, do not fill the log.
+    """
+    cancelled = isinstance(context.get("exception"), asyncio.InvalidStateError)
+    if not (cancelled and "_pyvoy" in repr(context.get("handle"))):
+        loop.default_exception_handler(context)
 
 
 async def _told_to_drain() -> None:
