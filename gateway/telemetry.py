@@ -10,6 +10,9 @@ import structlog
 
 from entitlement.redaction import Redactor
 
+# grpc's core would write a line of its own for each broken header of a caller. It looks when it is imported: later.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 
 def configure(level: str, redactor: Redactor | None = None) -> None:
     """Everything that is logged from `level` on, by us or (warnings, at least) by a library, is one JSON object a line
@@ -28,7 +31,6 @@ def configure(level: str, redactor: Redactor | None = None) -> None:
     foreign = structlog.stdlib.ProcessorFormatter
     handler.setFormatter(foreign(foreign_pre_chain=shared, processors=[foreign.remove_processors_meta, *last]))
     logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler], force=True)
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # Its core writes a line of its own for each broken header.
     logging.getLogger("grpc").propagate = False  # A trace for each broken call of a caller; what is ours is told by us.
     structlog.configure(
         processors=[*shared, *last],

@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 from entitlement.errors import InvalidArgument
 from entitlement.v1 import ledger_pb2
 from entitlement.v1.ledger_pb2_grpc import LedgerAdminServicer, add_LedgerAdminServicer_to_server
+from ledger_sync.admin_guard import GuardedServer
 
 SERVICE: Final = ledger_pb2.DESCRIPTOR.services_by_name["LedgerAdmin"].full_name
 LOOP: Final = "loop/"
@@ -35,11 +36,14 @@ class AdminServer:
             options=[
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+                ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),  # Else some of what lies between is refused.
+                ("grpc.per_message_decompression", 0),  # It inflates whatever comes: GuardedServer does it, bounded.
                 ("grpc.so_reuseport", 0),
             ],
             maximum_concurrent_rpcs=MAX_CALLS,
         )
-        add_LedgerAdminServicer_to_server(servicer, self._server)
+        guarded = GuardedServer(self._server, MAX_MESSAGE_BYTES)
+        add_LedgerAdminServicer_to_server(servicer, guarded)  # type: ignore[arg-type]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if reflected:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)

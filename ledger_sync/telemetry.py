@@ -5,6 +5,7 @@ labelled by tenant, customer or key.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Final
 
@@ -12,6 +13,9 @@ import structlog
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from entitlement.redaction import Redactor
+
+# grpc's core would write a line of its own for each broken header of a caller. It looks when it is imported: later.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 

@@ -22,7 +22,7 @@ Words = Mapping[str, Sequence[object]]
 Mutation = Callable[[random.Random, bytes], bytes]
 Headers = tuple[tuple[str, str | bytes], ...]
 
-LONG, SHORT = b"9S", b"300m"  # deadlines: what is half a message ends with nothing else on grpcio
+LONG, SHORT = b"9S", b"150m"  # deadlines: what is half a message ends with nothing else on grpcio
 DEEPEST = 3  # of messages in messages
 LARGEST = 20_000  # bytes of a body: all of a connection's fit into its first window
 INTEGERS = (0, 1, 2, 7, -1, 2**31, 2**53 - 1, 2**53, 2**53 + 1, 10**15, 10**15 + 1, 2**63 - 1, -(2**63), -(2**31))
@@ -134,6 +134,10 @@ class Maker:
             fresh = f"{self._tag}-{next(self._numbers)}"
             return rng.choice(HOSTILE) if rng.random() < 0.05 else fresh
         return rng.randbytes(8) if field.type == FieldDescriptor.TYPE_BYTES else 0.5
+
+    def cases(self, method: MethodDescriptor, count: int, *, json: bool = False) -> list[Case]:
+        make = self.json if json else self.case
+        return [make(method) for _ in range(count)]
 
     def case(self, method: MethodDescriptor) -> Case:
         """A call in gRPC. One in six is as it should be; its content may still be refused."""

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from gateway.transport.frames import decode_message
 from tests import http2
-from tests.fuzz import Case
+from tests.fuzz import LONG, SHORT, Case
 from tests.http2 import Closed, Connection
+from tests.servers import DEADLINE_S
 
+MESSAGES = int(os.environ.get("FUZZ_MESSAGES", "1000"))  # to each gateway, and those that are sent again
+OK, INVALID, LATE, NOT_FOUND, EXISTS, EXHAUSTED = "0", "3", "4", "5", "6", "8"
+PRECONDITION, UNIMPLEMENTED, AWAY = "9", "12", "14"
+ANSWERS = {OK, INVALID, LATE, NOT_FOUND, EXISTS, EXHAUSTED, AWAY}
+NO_TIMEOUT = "reset 2"  # grpcio's answer to a grpc-timeout that is none
+
+CONNECTIONS = 12  # at a time
 STREAMS = 100  # of one connection
 ROOM = 48_000  # bytes of their bodies: less than the window that every connection begins with
 WINDOW = 1 << 26  # for answers
@@ -49,6 +59,27 @@ def groups(cases: Sequence[Case]) -> Iterator[list[Case]]:
         room -= len(case.body)
     if group:
         yield group
+
+
+def play(address: str, asked: Sequence[Case], answers: set[str]) -> list[tuple[Case, Outcome]]:
+    """Each with how it ended; AssertionError unless that is one of the answers and tells nothing of the inside."""
+
+    def one(group: list[Case]) -> list[tuple[Case, Outcome]]:
+        return list(zip(group, send(address, group, DEADLINE_S), strict=True))
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        ended = [pair for pairs in pool.map(one, groups(asked)) for pair in pairs]
+    wrong = [problem for pair in ended if (problem := _problem(*pair, answers))]
+    assert not wrong, f"{len(wrong)} of {len(ended)}: {wrong[0][:2_000]}"
+    return ended
+
+
+def _problem(case: Case, outcome: Outcome, answers: set[str]) -> str:
+    no_timeout = outcome.status == NO_TIMEOUT and case.timeout not in (LONG, SHORT)
+    if outcome.status not in answers and not no_timeout:
+        return f"{outcome} to {case}"
+    told = outcome.inside(case)
+    return f"tells {told} to {case}" if told else ""
 
 
 def send(address: str, cases: Sequence[Case], timeout: float) -> list[Outcome]:

@@ -80,8 +80,8 @@ async def _live(scope: Event, receive: Receive, send: Send) -> None:
 
 
 def _unless_pyvoy(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """pyvoy answers a receive that was cancelled because a deadline had passed. Nothing is wrong, and callers, who choose
-    deadlines, do not fill the log.
+    """pyvoy answers a receive that was cancelled because a deadline had passed. Nothing is wrong, and callers, who
+    choose deadlines, do not fill the log.
     """
     cancelled = isinstance(context.get("exception"), asyncio.InvalidStateError)
     if not (cancelled and "_pyvoy" in repr(context.get("handle"))):
