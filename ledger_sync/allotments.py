@@ -76,6 +76,9 @@ class Recurring(msgspec.Struct, frozen=True, kw_only=True):
 
 _COLUMNS: Final = """id, customer, amount, category, priority, features, recurrence, rollover_max, anchor_ms, ends_ms,
     note, created_ms, voided_ms, next_ms, contract"""
+_ISSUED: Final = "UPDATE grants SET voided_ms = $3 WHERE tenant = $1 AND source = $2 AND voided_ms = 0"
+_VOIDED: Final = f"{_ISSUED} AND expires_ms > $3 RETURNING no"
+_NOT_BEGUN: Final = f"{_ISSUED} AND effective_ms > $3 RETURNING no"
 
 
 class Allotments:
@@ -208,18 +211,14 @@ async def end(connection: Connection, account: Locked, recurring: str, *, void: 
         await connection.execute(
             "UPDATE recurring_grants SET voided_ms = $3 WHERE tenant = $1 AND id = $2", tenant, recurring, now_ms
         )
-        query = "expires_ms > $3"
+        gone = _VOIDED
     else:
         await connection.execute(
             "UPDATE recurring_grants SET ends_ms = $3, issue_ms = $4 WHERE tenant = $1 AND id = $2",
             *(tenant, recurring, now_ms, NO_MORE),
         )
-        query = "effective_ms > $3"
-    rows = await connection.fetch(
-        f"""UPDATE grants SET voided_ms = $3 WHERE tenant = $1 AND source = $2 AND voided_ms = 0 AND {query}
-            RETURNING no""",  # noqa: S608
-        *(tenant, recurring, now_ms),
-    )
+        gone = _NOT_BEGUN
+    rows = await connection.fetch(gone, tenant, recurring, now_ms)
     if rows:
         await hot_deltas.decide(connection, tenant, account.customer)
         if account.epoch == 0:
