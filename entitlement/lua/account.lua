@@ -212,6 +212,7 @@ local function roll(key, stream, who, a, grants, now)
   cross(a)
   a.sequence = a.sequence + 1
   local fields = redis.call('HGETALL', key)
+  journal(stream, 2, who, a, now, '-', struct.pack('<dddddd', a.from, a.to, ch, cl, a.ah, a.al))
   for i = 1, #fields, 2 do
     if string.sub(fields[i], 1, 2) == 'u:' then
       redis.call('HSET', key, 'U:' .. ended .. ':' .. string.sub(fields[i], 3), fields[i + 1])
@@ -219,5 +220,4 @@ local function roll(key, stream, who, a, grants, now)
     end
   end
   redis.call('HSET', key, 'd', write_state(a))
-  journal(stream, 2, who, a, now, '-', struct.pack('<dddddd', a.from, a.to, ch, cl, a.ah, a.al))
 end

@@ -92,8 +92,14 @@ a.ah, a.al = bounded(a.ah, a.al)
 set_gate(a)
 a.sequence = a.sequence + 1
 
--- After this point it must succeed.
 local crossings = cross(a)
+local function list(items) return struct.pack('<I2', #items) .. table.concat(items) end
+local overage_h, overage_l = num(ARGV[5])
+
+-- After this point it must succeed. The record comes first: it alone could fail, and then nothing is written.
+journal(KEYS[2], 3, ARGV[8], a, now, crossings,
+  struct.pack('<ddddddddd', sh, sl, overage_h, overage_l, a.sh, a.sl, a.ah, a.al, a.from)
+    .. list(removed) .. list(reclassed) .. list(repaid))
 redis.call('HSET', KEYS[1], 'c', ARGV[2], 'd', write_state(a), 'g', write_grants(grants))
 local keep = {}
 for feature, limit, soft, recurrence, anchor, adjustment in string.gmatch(ARGV[6], '(%S+) (%d+) ([01]) (%d) (%d+) (-?%d+);') do
@@ -129,11 +135,6 @@ for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
 end
 local prefix = meant and 'u:' or 'U:' .. integer(cycle) .. ':'
 for meter, units in string.gmatch(ARGV[7], "(%S+) (-?%d+) ?") do redis.call('HINCRBY', KEYS[1], prefix .. meter, units) end
-local function list(items) return struct.pack('<I2', #items) .. table.concat(items) end
-local overage_h, overage_l = num(ARGV[5])
-journal(KEYS[2], 3, ARGV[8], a, now, crossings,
-  struct.pack('<ddddddddd', sh, sl, overage_h, overage_l, a.sh, a.sl, a.ah, a.al, a.from)
-    .. list(removed) .. list(reclassed) .. list(repaid))
 if turned or closing then
   local billing = a.billing
   if closing then a.billing = 'A' end

@@ -52,12 +52,13 @@ local late = held.state == 'E'
 a.sequence = a.sequence + 1
 if what == 'T' then
   local expires = math.min(now + tonumber(ARGV[6]), held.created + tonumber(ARGV[7]))
-  redis.call('HSET', KEYS[1], 'd', write_state(a))
-  redis.call('HSET', KEYS[2], 'x', integer(expires))
-  if ARGV[9] ~= '' and ARGV[10] ~= '1' then redis.call('HSET', KEYS[2], 'v', ARGV[9]) end
+  -- What could fail comes first: who looks at the index too late or too early looks at the hold as well.
   redis.call('ZADD', KEYS[4], expires, member)
   journal(KEYS[3], 4, ARGV[2], a, now, '-',
     struct.pack('<dddBddBsssss', now, held.created, expires, 1, 0, 0, 0, a.credit, '', '', ARGV[3], held.subject or ''))
+  redis.call('HSET', KEYS[1], 'd', write_state(a))
+  redis.call('HSET', KEYS[2], 'x', integer(expires))
+  if ARGV[9] ~= '' and ARGV[10] ~= '1' then redis.call('HSET', KEYS[2], 'v', ARGV[9]) end
   return told('=', expires)
 end
 
@@ -70,12 +71,13 @@ if not late then
   own_h, own_l = give_back(held, own, nil, nil, held.h, held.l)
 end
 
--- After this point it must succeed.
 local writes = {'d', write_state(a)}
 write_limits(writes, quotas, held.subject, own, own_h, own_l)
-redis.call('HSET', KEYS[1], unpack(writes))
+
+-- After this point it must succeed. The record comes first: it alone could fail, and then nothing is written.
 journal(KEYS[3], 6, ARGV[2], a, now, '-',
   struct.pack('<Bddss', what == 'S' and 1 or what == 'R' and 2 or 3, late and 0 or held.h, late and 0 or held.l, ARGV[3], held.subject or ''))
+redis.call('HSET', KEYS[1], unpack(writes))
 end_hold(KEYS[2], KEYS[4], member, what, ARGV[4])
 local result = told('=', 0)
 if what == 'S' then redis.call('SET', KEYS[5], ARGV[5] .. string.sub(result, 2), 'PX', ARGV[4]) end

@@ -15,18 +15,19 @@ a.sequence = a.sequence + 1
 local crossings = '-'
 if back or not less(a.sh, a.sl, a.nh, a.nl) then crossings = cross(a) end
 
--- After this point it must succeed.
 local writes = {'d', write_state(a), 'g', write_grants(grants)}
 for meter, units in pairs(meters) do
   writes[#writes + 1] = prefix .. meter
   writes[#writes + 1] = integer(units)
 end
 write_limits(writes, quotas, subject, own, own_h, own_l)
-redis.call('HSET', KEYS[1], unpack(writes))
-if finish then finish() end
+
+-- After this point it must succeed. The record comes first: it alone could fail, and then nothing is written.
 journal(KEYS[3], kind, ARGV[5], a, now, crossings,
   extra .. struct.pack('<ddBBdddddBsss', event, started, verdict, shadow + (degraded and 2 or 0), a.sh, a.sl, a.ah, a.al, a.from, n, a.credit, ARGV[9], ARGV[10])
     .. (n == 1 and burned[1] or table.concat(burned)) .. ARGV[2])
+redis.call('HSET', KEYS[1], unpack(writes))
+if finish then finish() end
 local result = answer(available(a, grants, now)) .. suffix
 redis.call('SET', KEYS[2], ARGV[1] .. result, 'PX', ARGV[6])
 return '=' .. a.credit .. '\0' .. result

@@ -76,7 +76,6 @@ a.sequence = a.sequence + 1
 local crossings = '-'
 if back or not less(a.sh, a.sl, a.nh, a.nl) then crossings = cross(a) end
 
--- After this point it must succeed.
 local writes = {'d', write_state(a), 'g', write_grants(grants)}
 for meter, units in pairs(meters) do
   writes[#writes + 1] = prefix .. meter
@@ -90,9 +89,11 @@ if own then
   writes[#writes + 1] = 's:' .. subject
   writes[#writes + 1] = write_subject(own)
 end
-redis.call('HSET', KEYS[1], unpack(writes))
+
+-- After this point it must succeed. The record comes first: it alone could fail, and then nothing is written.
 journal(KEYS[3], 1, ARGV[6], a, now, crossings,
   struct.pack('<ddBBdddddBsss', event, started, ARGV[10], ARGV[11], a.sh, a.sl, a.ah, a.al, a.from, n, a.credit, ARGV[8], ARGV[9])
     .. table.concat(burned) .. ARGV[2])
+redis.call('HSET', KEYS[1], unpack(writes))
 redis.call('SET', KEYS[2], ARGV[1] .. ARGV[3], 'PX', ARGV[7])
 return 1
