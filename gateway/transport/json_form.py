@@ -80,6 +80,8 @@ def _check_message(place: str, kind: Descriptor, value: object) -> None:
         field = _fields(kind).get(name)
         if field is None:
             raise InvalidArgument(place or "body", f"{_shown(name)} is no field of {kind.name}")
+        if name != field.json_name and field.json_name in value:
+            raise InvalidArgument(place or "body", f"{name} and {field.json_name} are one field")
         if inner is not None:
             _check_field(f"{place}.{name}" if place else name, field, inner)
 

@@ -149,7 +149,7 @@ def test_a_period_that_is_over_is_turned_whole_or_not_at_all(bench: Faulty) -> N
 def test_a_write_before_the_record_would_be_found(bench: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
     mark = "-- After this point it must succeed."
     assert mark in script("consume")
-    early = script("consume").replace(mark, "redis.call('HSET', KEYS[1], 'early', '1')")
+    early = script("consume").replace(mark, "redis.call('HINCRBY', KEYS[1], 'early', 1) --")
     texts = {name: script(name) for name in NAMES} | {"consume": early}
     monkeypatch.setattr("tests.contract.test_script_faults.script", texts.__getitem__)
     failed = list(trace(bench, ACTS["consume"], lambda: begin(bench)))

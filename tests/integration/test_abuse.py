@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from time import monotonic
 
@@ -317,6 +318,31 @@ class TestSlowAndGone:
                     connection.data(stream, message[at : at + 1], end=at + 1 == len(message))
             statuses = {connection.outcome(stream)["grpc-status"] for stream in streams}
         assert statuses == {"0"}
+
+    def test_hundreds_of_connections_that_say_hardly_anything(
+        self, gateway: GatewayProcess, bounded: object, steady: Steady
+    ) -> None:
+        """Half a greeting, half of the headers, half a message: a letter now and then, and never the end."""
+        begin = http2.PREFACE + http2.frame(http2.SETTINGS, 0, 0)
+        headers = http2.frame(http2.HEADERS, 0, 1, http2.literal("x", "y"))
+        half = begin + Connection.request_bytes(1, CONSUME, frame(b"abc")[:4], end=False)
+        before = gateway.sockets()
+        slow = [
+            (http2.connect(gateway.address, DEADLINE_S), said) for said in (begin[:10], begin + headers, half) * 100
+        ]
+        try:
+            for at in range(0, len(half), 20):
+                for sock, said in slow:
+                    with suppress(OSError):  # It may be closed by now.
+                        sock.sendall(said[at : at + 20])
+                steady.goes_on(5)
+        finally:
+            for sock, _ in slow:
+                sock.close()
+        deadline = monotonic() + DEADLINE_S
+        while gateway.sockets() > before + 2:
+            steady.goes_on(1)
+            assert monotonic() < deadline, "connections of clients that are gone are still open"
 
     @pytest.mark.parametrize("abrupt", [False, True])
     def test_clients_that_vanish_in_the_middle_of_a_call(

@@ -65,3 +65,31 @@ def test_what_is_logged_by_us_and_by_libraries_is_json_without_secrets(
         assert line["level"] == "error" and line["timestamp"].endswith("Z")
         assert "OSError: redis://***@cache refused ***" in line["exception"]
     assert not {"hunter22", "other", "mine"} & {*"".join(output.writes).replace('"', " ").split()}
+
+
+HOSTILE = "a\r\nlevel=error\x1b[2J\x1b]0;t\x07\u202e\u2028\u0085\0" + '","event":"forged"}'
+
+
+@pytest.mark.parametrize(
+    "configure", [gateway_telemetry.configure, sync_telemetry.configure_logs], ids=["gateway", "sync"]
+)
+def test_a_callers_text_is_one_line_of_printable_ascii_in_the_log(
+    configure: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No line is forged and no terminal is told anything, whatever stands in a value, a name or an error."""
+    output = Writes()
+    monkeypatch.setattr("sys.stderr", output)
+    configure("debug")
+    structlog.get_logger("ours").warning("refused", customer=HOSTILE, **{HOSTILE: 1}, nested={"of": [HOSTILE.encode()]})
+    structlog.get_logger("ours").warning(HOSTILE)
+    logging.getLogger("library").warning("cannot read %s", HOSTILE)
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError:
+        structlog.get_logger("ours").exception("failed")
+    lines = "".join(output.writes).split("\n")
+    assert len(lines) == 5 and lines[-1] == ""
+    assert all(line.isascii() and line.isprintable() for line in lines)
+    events = [json.loads(line)["event"] for line in lines[:-1]]
+    assert events == ["refused", HOSTILE, f"cannot read {HOSTILE}", "failed"]
+    assert json.loads(lines[0])["customer"] == HOSTILE
