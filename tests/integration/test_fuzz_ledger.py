@@ -64,11 +64,10 @@ async def test_every_message_has_a_documented_answer_and_what_is_refused_changes
     ledger: Served, seed: int
 ) -> None:
     """What was refused is sent once more, alone: it is refused again, and every row is as it was."""
-    maker, seen, refused = Maker(seed, ADMIN, WORDS), Counter[str](), list[Case]()
-    for method in ADMIN.methods:
-        ended = await ledger.play(maker.cases(method, MESSAGES // 2 // len(ADMIN.methods) + 5))
-        seen.update(outcome.status for _, outcome in ended)
-        refused += [case for case, outcome in ended if outcome.status in REFUSED]
+    maker, count = Maker(seed, ADMIN, WORDS), MESSAGES // 2 // len(ADMIN.methods) + 5
+    ended = await ledger.play([case for method in ADMIN.methods for case in maker.cases(method, count)])
+    seen = Counter(outcome.status for _, outcome in ended)
+    refused = [case for case, outcome in ended if outcome.status in REFUSED]
     before = await ledger.content()
     again = await ledger.play(refused)
     assert {outcome.status for _, outcome in again} <= REFUSED | {LATE}
