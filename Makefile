@@ -22,8 +22,11 @@ litellm: .venv-litellm/.requirements  ## LiteLLM for its tests and its example, 
 demo: venv  ## the whole path on this machine, verified to the nano
 	@$(BIN)/python -m gateway.cli demo $(ARGS)
 
+# Files in the order of tests/conftest.py. Processes that tests start hundreds of times shall find themselves compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 test: venv litellm  ## the tests, two at a time; ARGS="-k name -x" goes to pytest
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 faults: venv  ## kills, cut wires and full disks under load; N=100 CASE=B1 SEED=7
 	@FAULTS_N=$(N) FAULTS_SEED=$(SEED) $(BIN)/python -m pytest tests/faults -s $(if $(CASE),-k $(CASE)_) $(ARGS)

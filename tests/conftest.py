@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import pytest
 import redis
 
+from ledger_sync import migrations
 from tests.servers import PostgresProcess, ValkeyProcess
 
 Server = TypeVar("Server")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with a slow test go first: a worker that began with one of them last would have the others wait for it."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def start_or_skip(start: Callable[[], Server]) -> Server:
@@ -48,8 +57,24 @@ def postgres_server() -> Iterator[PostgresProcess]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def migrated(postgres_server: PostgresProcess) -> str:
+    """A database with the ledger's tables and nothing in them, to be copied; nobody connects to it any more."""
+    name = "migrated"
+    postgres_server.execute(f"CREATE DATABASE {name}")
+    with ThreadPoolExecutor(1) as thread:  # A loop may be running in this one.
+        thread.submit(lambda: asyncio.run(migrations.run(postgres_server.dsn(name)))).result()
+    return name
+
+
 @pytest.fixture
-def database_dsn(postgres_server: PostgresProcess) -> str:
+def database_dsn(postgres_server: PostgresProcess, migrated: str) -> str:
+    """A fresh ledger: its tables, and nothing in them."""
+    return postgres_server.create_database(migrated)
+
+
+@pytest.fixture
+def empty_dsn(postgres_server: PostgresProcess) -> str:
     """A fresh, empty database."""
     return postgres_server.create_database()
 

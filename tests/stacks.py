@@ -28,6 +28,7 @@ from entitlement.v1.ledger_pb2_grpc import LedgerAdminStub
 from gateway.cli.stack import DevStack, Name
 from gateway.transport import envoy
 from ledger_sync.publisher.redis_stream import STREAM
+from tests.servers import initialised
 
 if TYPE_CHECKING:
     from entitlement.v1.gateway_pb2_grpc import EntitlementGatewayAsyncStub
@@ -79,7 +80,21 @@ def on_sockets(folder: Path, transport: str, durability: str = "receipt") -> Dev
     """A stack on Unix sockets: nobody else takes such an address while a process is down."""
     gateway, admin = f"unix:{folder}/gateway.sock", f"unix:{folder}/admin.sock"
     env = environment(transport, {"gateway": {"ENTITLEMENT_GATEWAY_DURABILITY": durability}})
-    return DevStack(folder / "data", gateway=gateway, admin=admin, env=env)
+    return DevStack(prepared(folder / "data"), gateway=gateway, admin=admin, env=env)
+
+
+def prepared(data: Path, *lines: str) -> Path:
+    """A stack's data folder in which the database's files lie already, with more lines of postgresql.conf. One that
+    has a database is left as it is.
+    """
+    database = data / "postgres"
+    if not database.exists():
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        database.mkdir(mode=0o700)
+        initialised(database)
+        with (database / "postgresql.conf").open("a") as conf:
+            conf.writelines(f"{line}\n" for line in lines)
+    return data
 
 
 def card(plan: str, *rates: Rate) -> ledger_pb2.RateCard:

@@ -353,8 +353,8 @@ async def test_a_database_that_comes_back_is_used_again() -> None:
         await ledger.close()
 
 
-async def test_several_that_start_at_once_migrate_once(database_dsn: str) -> None:
-    opened = await asyncio.gather(*(Ledger.open(database_dsn) for _ in range(4)))
+async def test_several_that_start_at_once_migrate_once(empty_dsn: str) -> None:
+    opened = await asyncio.gather(*(Ledger.open(empty_dsn) for _ in range(4)))
     assert await value(opened[0], "SELECT count(*) FROM migrations") == len(migrations.available())
     await asyncio.gather(*(ledger.close() for ledger in opened))
 

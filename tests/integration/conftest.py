@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gateway.cli.stack import DevStack
-from tests.stacks import TRANSPORTS, Site, environment, on_sockets, put_catalogue, site
+from tests.stacks import TRANSPORTS, Site, environment, on_sockets, prepared, put_catalogue, site
 
 Folders = Callable[[], Path]
 
@@ -43,7 +43,8 @@ def folders(request: pytest.FixtureRequest) -> Iterator[Folders]:
 @pytest.fixture(scope="module")
 def stack(transport: str, folders: Folders) -> Iterator[DevStack]:
     """A stack for a module's tests, with the tests' catalogue, on free loopback ports."""
-    with DevStack(folders() / "data", env=environment(transport)) as running:
+    # Tests end processes, not machines: what is not synced survives them.
+    with DevStack(prepared(folders() / "data", "fsync = off"), env=environment(transport)) as running:
         put_catalogue(running)
         yield running
 

@@ -29,6 +29,7 @@ from tests.stacks import (
     Site,
     consume_request,
     environment,
+    prepared,
     price_of,
     put_catalogue,
     site,
@@ -44,7 +45,7 @@ def stack(folders: Callable[[], Path]) -> Iterator[DevStack]:
     to who planted it.
     """
     patrol = {"ENTITLEMENT_SYNC_PATROL_S": "86400"}
-    with DevStack(folders() / "data", env=environment("grpcio", {"sync": patrol})) as running:
+    with DevStack(prepared(folders() / "data"), env=environment("grpcio", {"sync": patrol})) as running:
         put_catalogue(running)
         yield running
 

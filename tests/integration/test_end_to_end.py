@@ -40,6 +40,7 @@ from tests.stacks import (
     environment,
     fresh,
     ids_of,
+    prepared,
     price_of,
     put_catalogue,
     site,
@@ -586,7 +587,7 @@ def events_file(folders: Callable[[], Path]) -> Path:
 def to_file(transport: str, folders: Callable[[], Path], events_file: Path) -> Iterator[DevStack]:
     events_file.unlink(missing_ok=True)
     env = environment(transport, {"sync": {"ENTITLEMENT_SYNC_PUBLISHER": f"file://{events_file}"}})
-    with DevStack(folders() / "data", env=env) as running:
+    with DevStack(prepared(folders() / "data"), env=env) as running:
         put_catalogue(running)
         yield running
 

@@ -18,7 +18,7 @@ from gateway.cli import main
 from gateway.cli.catalogue_file import read_catalogue
 from gateway.cli.stack import DevStack
 from tests.control_rig import TENANT, USD, Rig, eventually
-from tests.stacks import environment
+from tests.stacks import environment, prepared
 from tests.virtual_clock import Clock, clocked_rig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -146,7 +146,7 @@ async def _invoiced(rig: Rig, customer: str) -> bool:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> DevStack:
     """A stack without a catalogue."""
-    with DevStack(tmp_path_factory.mktemp("examples") / "data", env=environment("grpcio")) as running:
+    with DevStack(prepared(tmp_path_factory.mktemp("examples") / "data"), env=environment("grpcio")) as running:
         yield running
 
 

@@ -10,7 +10,7 @@ from gateway.cli.stack import DevStack
 from tests.frontdoor_envoy import FrontEnvoy, front
 from tests.gateway_process import installed
 from tests.integration.conftest import Folders
-from tests.stacks import Site, environment, price_of, put_catalogue, until
+from tests.stacks import Site, environment, prepared, price_of, put_catalogue, until
 
 MAPPING = """
 requests:
@@ -28,7 +28,7 @@ def stack(transport: str, folders: Folders) -> Iterator[DevStack]:
     file = folder / "mapping.yaml"
     file.write_text(MAPPING)
     env = environment(transport, {"gateway": {"ENTITLEMENT_GATEWAY_FRONTDOOR": str(file)}})
-    with DevStack(folder / "data", env=env) as running:
+    with DevStack(prepared(folder / "data"), env=env) as running:
         put_catalogue(running)
         yield running
 

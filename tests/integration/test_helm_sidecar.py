@@ -111,8 +111,8 @@ def only(document: Document, part: str = "containers") -> Document:
 
 
 @pytest.fixture
-def node(folders: Callable[[], Path], valkey_url: str, database_dsn: str) -> Node:
-    secrets = {("entitlement-redis", "url"): valkey_url, ("entitlement-ledger", "url"): database_dsn}
+def node(folders: Callable[[], Path], valkey_url: str, empty_dsn: str) -> Node:
+    secrets = {("entitlement-redis", "url"): valkey_url, ("entitlement-ledger", "url"): empty_dsn}
     return Node(folders() / "node", secrets, {f"{NAME}-sync": "127.0.0.1"})
 
 
@@ -142,21 +142,21 @@ def test_ledger_sync_knows_one_word(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 async def test_a_gateway_beside_an_application_serves_it(
-    node: Node, app: list[Document], valkey_url: str, database_dsn: str
+    node: Node, app: list[Document], valkey_url: str, empty_dsn: str
 ) -> None:
     pod = one(app, "Deployment", "shop")
     sidecar, application = only(pod, "initContainers"), only(pod)
     sync, test = only(one(app, "Deployment", f"{NAME}-sync")), only(one(app, "Job", f"{NAME}-test"))
     address = node.environment(application)["ENTITLEMENT_ADDRESS"]
     probe = sidecar["startupProbe"]["exec"]["command"]
-    await migrated(node, only(one(app, "Job", f"{NAME}-migrate")), database_dsn)
+    await migrated(node, only(one(app, "Job", f"{NAME}-migrate")), empty_dsn)
     async with node.serving(sync):
         assert (await node.ran(sidecar, probe))[0] != 0
         async with node.serving(sidecar):
             assert (await node.ran(sidecar, probe))[0] == 0
             admin = f"127.0.0.1:{sync['ports'][0]['containerPort']}"
             stack: Any = SimpleNamespace(
-                gateway=address, admin=admin, redis_url=valkey_url, database_url=database_dsn, data=node.folder
+                gateway=address, admin=admin, redis_url=valkey_url, database_url=empty_dsn, data=node.folder
             )
             await asyncio.to_thread(put_catalogue, stack)
             async with site(stack) as at:

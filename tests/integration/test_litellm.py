@@ -25,7 +25,7 @@ from entitlement.rating import cost
 from gateway.cli.stack import DevStack
 from tests.model_server import WORD, ModelServer, Script
 from tests.servers import ServerProcess, free_port
-from tests.stacks import INPUT, OUTPUT, Site, environment, fresh, put_catalogue, site, until
+from tests.stacks import INPUT, OUTPUT, Site, environment, fresh, prepared, put_catalogue, site, until
 
 pytestmark = pytest.mark.slow
 
@@ -198,7 +198,7 @@ def models() -> Iterator[Models]:
 @pytest.fixture(scope="module")
 def stack_and_proxy(folders: Callable[[], Path], models: Models) -> Iterator[tuple[DevStack, Proxy]]:
     installed()
-    with DevStack(folders() / "data", env=environment("grpcio")) as stack:
+    with DevStack(prepared(folders() / "data"), env=environment("grpcio")) as stack:
         put_catalogue(stack)
         proxy = Proxy(folders(), models.url, stack.gateway)
         yield stack, proxy

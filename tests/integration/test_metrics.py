@@ -39,6 +39,7 @@ from tests.stacks import (
     Site,
     consume_request,
     environment,
+    prepared,
     price_of,
     put_catalogue,
     site,
@@ -160,7 +161,7 @@ def shown(transport: str, folders: Folders) -> Iterator[Shown]:
         for name, values in settings.items()
     }
     env["sync"]["PGPASSWORD"] = SECRETS["environment"]
-    with DevStack(folder, env=environment(transport, env)) as stack:  # type: ignore[arg-type]
+    with DevStack(prepared(folder), env=environment(transport, env)) as stack:  # type: ignore[arg-type]
         put_catalogue(stack)
         yield Shown(stack, addresses, settings)
 

@@ -29,7 +29,7 @@ from tests import journal_records, stacks
 from tests.control_rig import DEADLINE_S, TENANT, USD, Rig, end, eventually, rig
 from tests.integration.test_reconcile import Storm, forge, is_clean, verify
 from tests.servers import free_port
-from tests.stacks import environment, price_of, put_catalogue, site, until
+from tests.stacks import environment, prepared, price_of, put_catalogue, site, until
 
 END_LEASE = """
 SELECT pg_terminate_backend(pid) FROM pg_locks
@@ -259,7 +259,7 @@ async def test_a_whole_stack_heals_itself_and_exports_it(folders: Callable[[], P
     """ledger_sync as a process of its own, by its settings alone."""
     metrics = f"127.0.0.1:{free_port()}"
     settings = {"ENTITLEMENT_SYNC_PATROL_S": "1", "ENTITLEMENT_SYNC_METRICS": metrics}
-    with DevStack(folders() / "data", env=environment("grpcio", {"sync": settings})) as stack:
+    with DevStack(prepared(folders() / "data"), env=environment("grpcio", {"sync": settings})) as stack:
         put_catalogue(stack)
         async with site(stack) as at:
             customer = await at.customer(price_of(10))
