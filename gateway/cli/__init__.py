@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import click
 
+from gateway.cli import configuration
 from gateway.cli.changes import apply_command, replay_command
 from gateway.cli.corrections import backfill_command, rerate_command
 from gateway.cli.demo import demo_command
 from gateway.cli.doctor import doctor_command
 from gateway.cli.invoice import invoice_command
+from gateway.cli.options import FILE
 from gateway.cli.processes import dev_command, gateway_command, sync_command
 from gateway.cli.quarantine import quarantine_command
 from gateway.cli.questions import balance_command, check_command, explain_command, grants_command, verify_command
@@ -22,6 +24,15 @@ __all__ = ["main"]
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="entitlement-gateway")
+@click.option(
+    "--config",
+    type=FILE,
+    envvar="ENTITLEMENT_CONFIG",
+    expose_value=False,
+    is_eager=True,
+    callback=configuration.apply,
+    help="A YAML file with options of every command that calls a process: gateway, admin, tls_ca, token_file, ...",
+)
 def main() -> None:
     """Decides, meters and books usage-based entitlements in real time."""
 

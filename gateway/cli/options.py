@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import click
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from entitlement.errors import InvalidArgument
 from gateway.cli.calls import ADMIN, GATEWAY
+from gateway.cli.security import secured
 from gateway.store.connection import Endpoint
 
 Command = TypeVar("Command", bound=Callable[..., object])
@@ -20,13 +21,23 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 def gateway_option(command: Command) -> Command:
+    """The gateway that a command calls."""
+    return cast("Command", secured(gateway_address(command)))
+
+
+def admin_option(command: Command) -> Command:
+    """The control plane that a command calls."""
+    return cast("Command", secured(admin_address(command)))
+
+
+def gateway_address(command: Command) -> Command:
     text = "Address of the gateway: host:port or unix:/path."
     return click.option("--gateway", envvar="ENTITLEMENT_ADDRESS", default=GATEWAY, show_default=True, help=text)(
         command
     )
 
 
-def admin_option(command: Command) -> Command:
+def admin_address(command: Command) -> Command:
     text = "Address of the control plane (ledger_sync): host:port or unix:/path."
     return click.option("--admin", envvar="ENTITLEMENT_ADMIN_ADDRESS", default=ADMIN, show_default=True, help=text)(
         command

@@ -39,7 +39,7 @@ _COLOUR: Final = {Outcome.OK: "green", Outcome.WARN: "yellow", Outcome.FAIL: "re
 
 def gateway(address: str) -> Check:
     try:
-        with grpc.insecure_channel(address, options=calls.CHANNEL_OPTIONS) as channel:
+        with calls.channel_to(address, "gateway") as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=HEALTH_S)
     except grpc.RpcError as error:
@@ -54,7 +54,7 @@ def gateway(address: str) -> Check:
 def sync(address: str, timeout_s: float = calls.DEADLINE_S) -> tuple[list[Check], Examination | None]:
     """What ledger_sync found, and its figures; None: it could not be asked."""
     try:
-        with grpc.insecure_channel(address, options=calls.CHANNEL_OPTIONS) as channel:
+        with calls.channel_to(address, "admin") as channel:
             found = LedgerAdminStub(channel).Examine(ExamineRequest(), timeout=timeout_s)
     except grpc.RpcError as error:
         fix = "start it (entitlement sync), or correct --admin; decisions go on, and nothing is booked meanwhile"

@@ -20,7 +20,7 @@ from gateway.cli.changes import apply_file
 from gateway.cli.child import ChildFailed
 from gateway.cli.embedded import EmbeddedMissing
 from gateway.cli.folder import FolderInUse
-from gateway.cli.options import FILE, FOLDER, admin_option, gateway_option
+from gateway.cli.options import FILE, FOLDER, admin_address, gateway_address
 from gateway.cli.stack import DevStack, module_argv, module_env
 
 DATA: Final = Path(".entitlement")
@@ -28,8 +28,8 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @click.command("dev")
-@gateway_option
-@admin_option
+@gateway_address
+@admin_address
 @click.option("--data", type=FOLDER, default=DATA, show_default=True, help="Where everything is kept.")
 @click.option("--catalog", type=FILE, help="A catalogue to apply at every start.")
 def dev_command(gateway: str, admin: str, data: Path, catalog: Path | None) -> None:

@@ -20,7 +20,7 @@ from entitlement.v1.gateway_pb2 import (
 )
 from entitlement.v1.gateway_pb2_grpc import EntitlementGatewayStub
 from gateway.cli import show
-from gateway.cli.calls import CHANNEL_OPTIONS
+from gateway.cli.calls import aio_channel_to
 from gateway.cli.trace import Mapping, Row
 
 ATTEMPT_DEADLINE_S: Final = 5.0
@@ -92,11 +92,12 @@ def replay(address: str, rows: Iterable[Row], mapping: Mapping, pace: Pace, adva
 
 
 async def _replay(address: str, rows: Iterable[Row], mapping: Mapping, pace: Pace, advance: show.Advance) -> Tally:
-    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+    made, metadata = aio_channel_to(address, "gateway")
+    async with made as channel:
         stub = EntitlementGatewayStub(channel)
 
         async def decide(request: CheckAndConsumeRequest) -> CheckAndConsumeResponse:
-            return await stub.CheckAndConsume(request, timeout=ATTEMPT_DEADLINE_S)
+            return await stub.CheckAndConsume(request, timeout=ATTEMPT_DEADLINE_S, metadata=metadata)
 
         return await drive(decide, rows, mapping, pace, advance)
 

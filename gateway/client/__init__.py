@@ -5,6 +5,7 @@ What is allowed is debited once, whatever is retried; calls made at the same tim
 
 from gateway.client.backoff import Backoff
 from gateway.client.client import Client
+from gateway.client.credentials import Tls
 from gateway.client.errors import (
     ClientClosed,
     CustomerNotFound,
@@ -20,7 +21,6 @@ from gateway.client.errors import (
 from gateway.client.hold_calls import TaskHold, ThreadHold
 from gateway.client.holds import Reservation, Settlement
 from gateway.client.meter import Meter, Signal
-from gateway.client.options import Tls
 from gateway.client.sync import SyncClient
 from gateway.client.values import (
     Balance,

@@ -6,16 +6,18 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from datetime import datetime
+from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from gateway.client.backoff import Attempts, Backoff
+from gateway.client.credentials import Tls, Token, chosen
 from gateway.client.decisions import Decisions
 from gateway.client.errors import ClientClosed, EntitlementCallError
 from gateway.client.hold_calls import TaskHolds
 from gateway.client.meter import Call
 from gateway.client.meters import TaskMeters
-from gateway.client.options import Options, Tls, Token
+from gateway.client.options import Options
 from gateway.client.questions import Answer, Question, Underway, ask, balance_question
 from gateway.client.values import (
     Balance,
@@ -49,7 +51,9 @@ class Client(TaskHolds, TaskMeters):
     timeout_ms       every call ends within it, its retries included
     token            sent as `authorization: Bearer ...`; a callable is asked for every batch. Refused in plain text
                      beyond this machine
+    token_file       instead of `token`: a file that has it, read for every batch
     tls              None: plain text
+    insecure         a token may travel in plain text beyond this machine after all
     max_batch        requests that travel together, 1..1000
     max_in_flight    unanswered calls, and as many that are about holds; the next one is Overloaded at once
     pipeline         batches in flight, 1..32. More overlap for a distant gateway, smaller batches for a near one
@@ -64,7 +68,9 @@ class Client(TaskHolds, TaskMeters):
         *,
         timeout_ms: int = 1_000,
         token: Token | None = None,
+        token_file: str | Path | None = None,
         tls: Tls | None = None,
+        insecure: bool = False,
         max_batch: int = 256,
         max_in_flight: int = 10_000,
         pipeline: int = 2,
@@ -75,8 +81,9 @@ class Client(TaskHolds, TaskMeters):
         self._options = Options(
             target=target,
             timeout_ms=timeout_ms,
-            token=token,
+            token=chosen(token, token_file),
             tls=tls,
+            insecure=insecure,
             max_batch=max_batch,
             max_in_flight=max_in_flight,
             pipeline=pipeline,

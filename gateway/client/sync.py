@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import CancelledError, Future
 from contextlib import closing, contextmanager
 from datetime import datetime
+from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -17,11 +18,12 @@ import grpc
 
 from entitlement.v1 import gateway_pb2 as pb
 from gateway.client.backoff import Attempts, Backoff
+from gateway.client.credentials import Tls, Token, chosen
 from gateway.client.decisions import Decisions, encoded
 from gateway.client.errors import ClientClosed, EntitlementCallError, call_error
 from gateway.client.hold_calls import ThreadHolds
 from gateway.client.lane import Lane
-from gateway.client.options import Options, Tls, Token
+from gateway.client.options import Options
 from gateway.client.questions import Answer, Question, ask_blocking, balance_question, check_room
 from gateway.client.thread_wire import ThreadWire
 from gateway.client.values import (
@@ -60,7 +62,9 @@ class SyncClient(ThreadHolds):
         *,
         timeout_ms: int = 1_000,
         token: Token | None = None,
+        token_file: str | Path | None = None,
         tls: Tls | None = None,
+        insecure: bool = False,
         max_batch: int = 256,
         max_in_flight: int = 10_000,
         pipeline: int = 2,
@@ -71,8 +75,9 @@ class SyncClient(ThreadHolds):
         self._options = Options(
             target=target,
             timeout_ms=timeout_ms,
-            token=token,
+            token=chosen(token, token_file),
             tls=tls,
+            insecure=insecure,
             max_batch=max_batch,
             max_in_flight=max_in_flight,
             pipeline=pipeline,

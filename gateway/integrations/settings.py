@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Final
 from urllib.parse import parse_qsl
 
@@ -67,11 +66,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def client(self) -> Client:
         """Not started."""
-        token_file = Path(self.token_file)
         return Client(
             self.gateway,
             timeout_ms=self.timeout_ms,
-            token=(lambda: token_file.read_text().strip()) if self.token_file else None,
+            token_file=self.token_file or None,
             tls=Tls(self.tls_ca) if self.tls_ca else None,
         )
 

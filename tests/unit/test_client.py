@@ -590,6 +590,8 @@ async def test_a_client_that_is_not_started_says_so(target: str) -> None:
         ("unix:/g.sock", {"max_in_flight": 0}),
         ("unix:/g.sock", {"pipeline": 33}),
         ("gateway:8080", {"token": "secret"}),
+        ("gateway:8080", {"token_file": "/secret"}),
+        ("unix:/g.sock", {"token": "secret", "token_file": "/secret"}),
     ],
 )
 def test_what_cannot_work_is_refused_when_the_client_is_made(target_: str, wrong: dict[str, int]) -> None:
@@ -608,6 +610,21 @@ async def test_a_token_travels_with_every_call_and_may_rotate(target: str, gatew
                 await client.check_and_consume("c", "t", 1)
     assert [metadata["authorization"] for metadata in gateway.metadata] == ["Bearer first", "Bearer second"]
     assert "secret" not in repr(Client(target, token="secret")._options)
+
+
+async def test_a_token_in_a_file_may_be_replaced(target: str, gateway: FakeGateway, folder: Path) -> None:
+    file = folder / "token"
+    async with Client(target, token_file=file, insecure=True) as client:
+        with pytest.raises(Unauthenticated, match="FileNotFoundError"):
+            await client.check_and_consume("c", "t", 1)
+        for token in ("first", "second\n"):
+            await asyncio.to_thread(file.write_text, token)
+            await client.check_and_consume("c", "t", 1)
+    assert [metadata["authorization"] for metadata in gateway.metadata] == ["Bearer first", "Bearer second"]
+
+
+def test_a_token_may_travel_in_plain_text_where_that_is_said() -> None:
+    assert Client("gateway:8080", token="secret", insecure=True)._options.metadata()
 
 
 async def test_tls_is_spoken_when_it_is_asked_for(gateway: FakeGateway, folder: Path) -> None:
