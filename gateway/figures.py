@@ -12,6 +12,7 @@ import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from entitlement import build
 from entitlement.decision import Reason, Verdict
 from entitlement.probes import Component, Pulse
 from gateway.admission import Admission
@@ -146,6 +147,9 @@ def _state(parts: Sequence[Parts]) -> Iterator[Metric]:
     yield _gauge("catalogue_generation", "The catalogue that prices; -1: none was read.", {(): generation})
     silent = max([part.pulse.silent_s for part in parts], default=0.0)
     yield _gauge("loop_silent_seconds", "Since the event loop last turned.", {(): silent})
+    running = GaugeMetricFamily(build.FIGURE, build.FIGURE_TEXT, labels=("version",))
+    running.add_metric((build.own_version(),), 1)
+    yield running
 
 
 def _counter(name: str, text: str, values: Values, *labels: str) -> Metric:

@@ -7,13 +7,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from time import time
 from typing import TYPE_CHECKING, Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from entitlement import hot_store_health
+from entitlement.build import own_version
 from entitlement.errors import Unavailable
 from entitlement.examination import Check, Outcome, fail, ok, warn
 from entitlement.quantity import MAX_NANOS
@@ -163,13 +163,6 @@ def _loops(loops: Mapping[str, Health]) -> Iterable[Check]:
 def message(check: Check) -> pb.Check:
     outcome = pb.Check.Outcome.ValueType(int(check.outcome))
     return pb.Check(component=check.component, name=check.name, outcome=outcome, found=check.found, fix=check.fix)
-
-
-def own_version() -> str:
-    try:
-        return version("entitlement-gateway")
-    except PackageNotFoundError:  # Run from a folder, not installed.
-        return ""
 
 
 def _at(seconds: float) -> Timestamp:

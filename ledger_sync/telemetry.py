@@ -4,14 +4,13 @@ labelled by tenant, customer or key.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from typing import Final
 
-import structlog
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from entitlement import build, logs
 from entitlement.redaction import Redactor
 
 # grpc's core would write a line of its own for each broken header of a caller. It looks when it is imported: later.
@@ -21,27 +20,8 @@ _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 
 
 def configure_logs(level: str, redactor: Redactor | None = None) -> None:
-    """Everything that is logged, by us or by a library, is one JSON object a line on stderr, from `level` on."""
-    redact = redactor or Redactor()
-    number = logging.getLevelNamesMapping()[level.upper()]
-    shared: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.format_exc_info,
-    ]
-    last: list[structlog.typing.Processor] = [redact, structlog.processors.JSONRenderer(default=repr)]
-    handler = logging.StreamHandler(sys.stderr)
-    foreign = structlog.stdlib.ProcessorFormatter
-    handler.setFormatter(foreign(foreign_pre_chain=shared, processors=[foreign.remove_processors_meta, *last]))
-    logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler], force=True)
-    logging.getLogger("grpc").propagate = False  # A trace for each broken call of a caller; what is ours is told by us.
-    structlog.configure(
-        processors=[*shared, *last],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
-    )
+    """See entitlement.logs."""
+    logs.configure(level, redactor or Redactor(), sys.stderr)
 
 
 class Figures:
@@ -109,3 +89,5 @@ class Figures:
         self.silent = Gauge(
             "entitlement_sync_loop_silent_seconds", "Since the loop last went round.", ("loop",), registry=registry
         )
+        self.build = Gauge(build.FIGURE, build.FIGURE_TEXT, ("version",), registry=registry)
+        self.build.labels(build.own_version()).set(1)

@@ -44,6 +44,17 @@ def admin_address(command: Command) -> Command:
     )
 
 
+def metrics_option(command: Command) -> Command:
+    text = "Of the gateway, such as http://127.0.0.1:9090/metrics."
+    return click.option("--metrics", default="", metavar="URL", help=text, callback=_web_url)(command)
+
+
+def _web_url(context: click.Context, option: click.Parameter, text: str) -> str:
+    if text and not text.startswith(("http://", "https://")):
+        raise click.BadParameter("expected http:// or https://")
+    return text
+
+
 def redis_option(command: Command) -> Command:
     text = "The hot store's URL; by default what ENTITLEMENT_GATEWAY_REDIS_URL or the gateway's file says."
     return click.option("--redis", default="", metavar="URL", help=text, callback=_redis_url)(command)

@@ -1,4 +1,6 @@
-"""What the gateway's own metrics add to `top`: denials by reason, and latency. Both since the scrape before."""
+"""What the gateway's own metrics add to `top` and `status`: denials by reason and latency, both since the scrape
+before; and which version it is.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,8 @@ from urllib.request import ProxyHandler, build_opener
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
+from entitlement.build import FIGURE
+
 TIMEOUT_S: Final = 3.0
 MAX_BYTES: Final = 4 << 20
 DECISIONS: Final = "entitlement_gateway_decisions_total"
@@ -17,10 +21,13 @@ SECONDS: Final = "entitlement_gateway_decision_seconds_bucket"
 
 
 class Scrape(msgspec.Struct, frozen=True):
-    """Counts since the gateway began: denials by reason, and decisions that took no longer than so many seconds."""
+    """Counts since the gateway began: denials by reason, and decisions that took no longer than so many seconds. And
+    its version, '' where it does not tell.
+    """
 
     denials: Mapping[str, float]
     within: Mapping[float, float]
+    version: str = ""
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -43,6 +50,7 @@ def fetch(url: str) -> Scrape | None:
 def parse(text: str) -> Scrape:
     denials: dict[str, float] = {}
     within: dict[float, float] = {}
+    version = ""
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if sample.name == DECISIONS and sample.labels.get("verdict") == "DENY":
@@ -51,7 +59,9 @@ def parse(text: str) -> Scrape:
             elif sample.name == SECONDS:
                 bound = float(sample.labels["le"])
                 within[bound] = within.get(bound, 0) + sample.value
-    return Scrape(denials, within)
+            elif sample.name == FIGURE:
+                version = sample.labels.get("version", "")
+    return Scrape(denials, within, version)
 
 
 def change(before: Scrape, now: Scrape) -> Change:

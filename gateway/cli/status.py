@@ -8,10 +8,10 @@ from typing import Final, get_args
 
 import click
 
-from entitlement.examination import Check, Outcome, fail, ok, worst
+from entitlement.examination import Check, Outcome, fail, ok, warn, worst
 from entitlement.v1.ledger_pb2 import Examination
-from gateway.cli import calls, probes, show
-from gateway.cli.options import admin_option, gateway_option
+from gateway.cli import calls, probes, scrape, show
+from gateway.cli.options import admin_option, gateway_option, metrics_option
 from gateway.cli.probes import Figure, known
 from gateway.cli.verification import WAIT_S, is_clean, summary, verify
 
@@ -22,12 +22,15 @@ _FIGURES: Final[tuple[Figure, ...]] = get_args(Figure)
 @click.command("status")
 @gateway_option
 @admin_option
+@metrics_option
 @click.option("--verify", "prove", is_flag=True, help="Prove the money now, instead of asking the patrol: reads all.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def status_command(gateway: str, admin: str, prove: bool, as_json: bool) -> None:
+def status_command(gateway: str, admin: str, metrics: str, prove: bool, as_json: bool) -> None:
     """Is it healthy, and is the money right? Exits with 1 when not."""
     told, figures = probes.sync(admin)
     checks = [probes.gateway(gateway), *told]
+    if metrics:
+        checks.append(version(scrape.fetch(metrics), figures))
     if prove and figures is not None:
         checks.append(_proof(admin))
     healthy = worst(checks) is not Outcome.FAIL
@@ -37,6 +40,16 @@ def status_command(gateway: str, admin: str, prove: bool, as_json: bool) -> None
         _show(healthy, checks, figures)
     if not healthy:
         click.get_current_context().exit(probes.EXIT_UNWELL)
+
+
+def version(told: scrape.Scrape | None, figures: Examination | None) -> Check:
+    """The gateway's, which no call tells; both processes should be of one."""
+    if told is None:
+        return warn(probes.GATEWAY, "version", "the metrics do not answer", "correct --metrics, or set METRICS of it")
+    if figures is not None and told.version != figures.version:
+        found = f"version {told.version or 'not told'}, ledger_sync {figures.version or 'not told'}"
+        return warn(probes.GATEWAY, "version", found, "bring both to one version")
+    return ok(probes.GATEWAY, "version", f"version {told.version or 'not told'}")
 
 
 def _proof(admin: str) -> Check:
@@ -52,8 +65,8 @@ def _proof(admin: str) -> Check:
 
 def _object(healthy: bool, checks: Sequence[Check], figures: Examination | None) -> dict[str, object]:
     found = {name: known(figures, name) for name in _FIGURES}
-    version = figures.version if figures is not None else None
-    return {"healthy": healthy, "version": version, "figures": found, "checks": probes.as_json(checks)}
+    told = figures.version if figures is not None else None
+    return {"healthy": healthy, "version": told, "figures": found, "checks": probes.as_json(checks)}
 
 
 def _show(healthy: bool, checks: Sequence[Check], figures: Examination | None) -> None:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from entitlement.quantity import format_amount
 from gateway.cli import follow, probes, scrape, show
-from gateway.cli.options import admin_option, redis_option
+from gateway.cli.options import admin_option, metrics_option, redis_option
 from gateway.cli.window import OTHERS, Window
 from gateway.settings import Settings
 
@@ -41,7 +41,7 @@ class Beside(msgspec.Struct):
     "--window", type=click.IntRange(1, 600), default=60, show_default=True, help="Seconds that are summed up."
 )
 @click.option("--customers", type=click.IntRange(1, 100), default=10, show_default=True, help="How many are shown.")
-@click.option("--metrics", default="", metavar="URL", help="Of the gateway, such as http://127.0.0.1:9090/metrics.")
+@metrics_option
 @click.option("--once", is_flag=True, help="Look for one window, print it and end.")
 @click.option("--json", "as_json", is_flag=True, help="With --once: one JSON object.")
 @admin_option
@@ -53,8 +53,6 @@ def top_command(window: int, customers: int, metrics: str, once: bool, as_json: 
     """
     if as_json and not once:
         raise click.UsageError("--json needs --once.")
-    if metrics and not metrics.startswith(("http://", "https://")):
-        raise click.BadParameter("expected http:// or https://", param_hint="--metrics")
     top = _Top(Window(window), customers, metrics, admin)
     settings = follow.load(redis)
 

@@ -181,7 +181,8 @@ def test_a_file_may_say_it_once_for_all_commands(served: Served, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"), [("tls_cert_file: x", "unknown field"), ("tls: maybe", "Expected `bool`"), ("[", "while parsing")]
+    ("content", "problem"),
+    [("tls_cert_file: x", "unknown field"), ("tls: maybe", "Expected `bool`"), ("[", "while parsing")],
 )
 def test_a_file_that_is_wrong_is_named(tmp_path: Path, content: str, problem: str) -> None:
     file = tmp_path / "entitlement.yaml"

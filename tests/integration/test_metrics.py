@@ -17,12 +17,15 @@ from urllib.request import urlopen
 
 import grpc
 import pytest
+from click.testing import CliRunner
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
+from entitlement.build import own_version
 from entitlement.errors import EntitlementError
 from entitlement.v1 import gateway_pb2
 from gateway import settings as gateway_settings
+from gateway.cli import main
 from gateway.cli.embedded import postgres, valkey
 from gateway.cli.folder import DataFolder
 from gateway.cli.stack import DevStack
@@ -209,6 +212,14 @@ async def test_every_figure_is_in_a_live_scrape_and_no_other(shown: Shown) -> No
                 live[family.name] = family.type
     live = {name: kind for name, kind in live.items() if not name.endswith("_created")}
     assert live == {figure.name.removesuffix("_total"): figure.kind for figure in declared()}
+
+
+async def test_status_tells_which_version_the_gateway_is(shown: Shown) -> None:
+    env = {"ENTITLEMENT_ADDRESS": shown.stack.gateway, "ENTITLEMENT_ADMIN_ADDRESS": shown.stack.admin}
+    arguments = ["status", "--metrics", f"http://{shown.addresses['gateway']}/metrics"]
+    told = await asyncio.to_thread(lambda: CliRunner(env=env).invoke(main, arguments, catch_exceptions=False))
+    assert told.exit_code == 0, told.output
+    assert f"; version {own_version()}\n" in told.output and own_version()
 
 
 async def test_what_was_decided_shows_in_the_figures(shown: Shown, at: Site) -> None:

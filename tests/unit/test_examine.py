@@ -15,7 +15,7 @@ from entitlement.journal import FIELD, encode
 from entitlement.opening import Identity, Opening
 from entitlement.records import Close, Crossing, Ended, Held, HeldLine, Rolled
 from entitlement.v1 import ledger_pb2 as pb
-from gateway.cli import scrape
+from gateway.cli import scrape, status
 from gateway.cli.decisions import matches, tell
 from gateway.cli.follow import Since
 from gateway.cli.window import MAX_CUSTOMERS, OTHERS, Window
@@ -355,6 +355,20 @@ def test_metrics_tell_of_denials_and_latency_since_the_scrape_before() -> None:
     restarted = scrape.change(now, before)
     assert restarted.denials == {"INSUFFICIENT_CREDITS": 5} and restarted.p99_ms == 1.0
     assert scrape.change(now, now) == scrape.Change({}, None, None)
+
+
+def test_metrics_tell_which_version_runs() -> None:
+    told = 'entitlement_build_info{version="1.2"} 1\n'
+    assert (scrape.parse(told).version, scrape.parse("").version) == ("1.2", "")
+
+
+@pytest.mark.parametrize(
+    ("told", "outcome", "found"),
+    [("1.2", OK, "version 1.2"), ("1.1", WARN, "version 1.1, ledger_sync 1.2"), (None, WARN, "do not answer")],
+)
+def test_both_processes_should_be_of_one_version(told: str | None, outcome: Outcome, found: str) -> None:
+    check = status.version(None if told is None else scrape.Scrape({}, {}, told), pb.Examination(version="1.2"))
+    assert check.outcome is outcome and found in check.found
 
 
 @pytest.mark.parametrize(

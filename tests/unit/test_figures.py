@@ -153,7 +153,7 @@ def test_figures_can_be_read_before_anything_runs() -> None:
 
 def test_no_label_grows_with_the_traffic() -> None:
     labels = {label for figure in declared() for label in figure.labels}
-    assert labels == {"verdict", "reason", "error", "kind", "outcome", "component", "loop"}
+    assert labels == {"verdict", "reason", "error", "kind", "outcome", "component", "loop", "version"}
 
 
 def test_the_manual_has_every_figure() -> None:
