@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import datetime, timedelta
-from typing import Literal
+from typing import Literal, Unpack
 
 from gateway.client import holds
 from gateway.client.errors import EntitlementCallError
-from gateway.client.holds import HoldMode, Reservation, Settlement, some_lines
+from gateway.client.holds import HoldMode, Reservation, Reserving, Settlement, some_lines
 from gateway.client.options import Options
 from gateway.client.questions import Answer, Question
 from gateway.client.values import Usage, lines
@@ -96,15 +96,10 @@ class TaskHolds(ABC):
         customer: str,
         feature: str | None = None,
         quantity: int | None = None,
-        *,
-        hold: str | None = None,
-        usage: Sequence[Usage] | None = None,
-        dimensions: Mapping[str, str] | None = None,
-        ttl: timedelta | None = None,
-        subject: str | None = None,
-        mode: HoldMode = "normal",
+        **given: Unpack[Reserving],
     ) -> AsyncGenerator[TaskHold]:
-        """Reserves for a block, which reports what it uses. When it ends, however it does, the rest is given back.
+        """Reserves, as `reserve` does, for a block that reports what it uses. When it ends, however it does, the rest
+        is given back.
 
             async with client.hold("cust-0001", "tokens", 4_000, ttl=timedelta(minutes=5)) as hold:
                 if hold.made.allowed:
@@ -114,8 +109,7 @@ class TaskHolds(ABC):
         Where a report has failed, the hold is left to expire: `settle` can still report it, once also after that. An
         error of the block is raised as it is; then an end that fails is not told, and the hold expires.
         """
-        used = lines(feature, quantity, dimensions, usage)
-        made = await self.reserve(customer, hold=hold, usage=used, ttl=ttl, subject=subject, mode=mode)
+        made = await self.reserve(customer, feature, quantity, **given)
         held = TaskHold(self, customer, made)
         try:
             yield held
@@ -195,17 +189,10 @@ class ThreadHolds(ABC):
         customer: str,
         feature: str | None = None,
         quantity: int | None = None,
-        *,
-        hold: str | None = None,
-        usage: Sequence[Usage] | None = None,
-        dimensions: Mapping[str, str] | None = None,
-        ttl: timedelta | None = None,
-        subject: str | None = None,
-        mode: HoldMode = "normal",
+        **given: Unpack[Reserving],
     ) -> Generator[ThreadHold]:
         """See Client.hold."""
-        used = lines(feature, quantity, dimensions, usage)
-        made = self.reserve(customer, hold=hold, usage=used, ttl=ttl, subject=subject, mode=mode)
+        made = self.reserve(customer, feature, quantity, **given)
         held = ThreadHold(self, customer, made)
         try:
             yield held

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Literal, Never
+from typing import Literal, Never, TypedDict
 
 import msgspec
 from google.protobuf.duration_pb2 import Duration
@@ -28,6 +28,17 @@ from gateway.client.values import (
 )
 
 HoldMode = Literal["normal", "best_effort"]
+
+
+class Reserving(TypedDict, total=False):
+    """What a block says of its hold, beside whose it is and how much; `reserve` says what each is for."""
+
+    hold: str | None
+    usage: Sequence[Usage] | None
+    dimensions: Mapping[str, str] | None
+    ttl: timedelta | None
+    subject: str | None
+    mode: HoldMode
 
 
 class _Ruled(msgspec.Struct, frozen=True, gc=False):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from enum import IntEnum
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
 
 import grpc
 
-from entitlement.quantity import MAX_LINES, MAX_QUANTITY
 from entitlement.v1 import gateway_pb2 as pb
 from gateway.client import holds
 from gateway.client.backoff import Attempts
@@ -23,6 +21,7 @@ from gateway.client.errors import (
     Unavailable,
     call_error,
 )
+from gateway.client.meter_book import Book, Report
 from gateway.client.options import Options
 from gateway.client.questions import Answer, Question
 from gateway.client.values import (
@@ -32,9 +31,7 @@ from gateway.client.values import (
     Request,
     Usage,
     Verdict,
-    add_lines,
     balance_of,
-    packed,
     ruling,
 )
 
@@ -42,7 +39,6 @@ GATHER_S: Final = 0.1  # usage that is told within it travels together
 AWAY_S: Final = 60.0  # how long the gateway may be away before a stream gives up
 SILENT_S: Final = 10.0  # without an answer to what was reported, another connection is tried
 
-Shape = tuple[str, tuple[tuple[str, str], ...]]
 _GONE: Final = (Reason.HOLD_FINALIZED, Reason.HOLD_NOT_FOUND)
 
 
@@ -78,17 +74,6 @@ class Asker(Protocol):
     async def _decide(self, request: Request) -> Decision: ...
 
 
-class _Report(NamedTuple):
-    number: int
-    usage: tuple[Usage, ...]
-    final: bool
-    key: str
-
-    @property
-    def units(self) -> int:
-        return sum(line.quantity for line in self.usage)
-
-
 class Meter:
     """Of one hold. What `use` was told is charged once, also over a gateway that is killed and comes back; `end` says
     when all of it is.
@@ -115,26 +100,19 @@ class Meter:
         self._away_s = away_s
         self._over = over
         self._loop = asyncio.get_running_loop()
-        self._due_sent: dict[int, int] = {}  # units, by report
+        self._book = Book(opening, due)
         self._answer = pb.MeterResponse()
         self._heard_so_far = 0  # answers
-        self._gathered: dict[Shape, int] = {}
-        self._shapes: set[Shape] = set()  # that can be put on the wire
-        self._waits_s = 0.0  # since when the first of `_reports` waits
+        self._waits_s = 0.0  # since when the first report waits
         self._one_end = asyncio.Lock()
-        self._gathered_units = self._reported_units = 0
-        self._reports: deque[_Report] = deque()  # not acknowledged
-        self._number = 0  # of the last report
         self._news, self._urgent, self._heard = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._ending = self._final = self._ended = False  # `_final`: the last report is made
+        self._ending = self._ended = False
         self._task: asyncio.Task[None] | None = None
         self._failure: EntitlementCallError | None = None
         self.allowed = False
         self.signal, self.reason = Signal.UNKNOWN, Reason.NONE
         self.units_left = 0
         self.uncharged: tuple[Usage, ...] = ()
-        self.expect(*due)
-        self._due_heard = self._due_units  # as last answered
 
     @property
     def hold(self) -> str:
@@ -168,48 +146,25 @@ class Meter:
         """
         if self._ending:
             raise RuntimeError("the meter has ended")
-        self._check(quantity)
+        self._book.use(feature, quantity, dimensions)
         if not quantity:
             return
-        shape = self._shape(feature, dimensions)
-        self._gathered[shape] = self._gathered.get(shape, 0) + quantity
-        self._gathered_units += quantity
         self._news.set()
-        if self._unheard >= self.units_left:
+        if self._book.unheard >= self.units_left:
             self._urgent.set()
-
-    @property
-    def _unheard(self) -> int:
-        """Units that `units_left` does not take into account yet."""
-        return self._reported_units + self._gathered_units + max(0, self._due_units - self._due_heard)
 
     def expect(self, *due: Usage) -> None:
         """What is used already and told later, with its exact quantity: it is kept out of what is left. Each call says
         it anew; without lines nothing is due. It travels with what is used. Raises InvalidArgument as `use` does.
         """
-        for line in due:
-            self._check(line.quantity)
-            self._shape(line.feature, line.dimensions)
-        self._due = due
-        self._due_units = sum([line.quantity for line in due])
-
-    def _check(self, quantity: int) -> None:
-        if not isinstance(quantity, int) or not 0 <= quantity <= MAX_QUANTITY:
-            raise _invalid(f"quantity: {quantity!r} is not a whole number in 0..{MAX_QUANTITY}", self.hold)
-
-    def _shape(self, feature: str, dimensions: Mapping[str, str] | None) -> Shape:
-        shape = (feature, tuple(sorted(dimensions.items())) if dimensions else ())
-        if shape not in self._shapes:
-            packed(lambda: pb.Usage(feature=feature, dimensions=dimensions), self.hold)
-            self._shapes.add(shape)
-        return shape
+        self._book.expect(due)
 
     async def room(self) -> None:
         """Waits while what is not acknowledged yet may use up what is left, so that STOP is not overrun. Raises what
         has ended the stream.
         """
         while self._task is not None and not self._task.done() and self.signal is not Signal.STOP:
-            if not self._reported_units + self._gathered_units or self._unheard < self.units_left:
+            if not self._book.open_units or self._book.unheard < self.units_left:
                 return
             self._urgent.set()
             await self._answered()
@@ -250,7 +205,7 @@ class Meter:
     @property
     def unacknowledged(self) -> tuple[Usage, ...]:
         """What was used and is not known to be charged."""
-        return (*[line for report in self._reports for line in report.usage], *self._lines())
+        return self._book.unacknowledged
 
     async def leave(self) -> None:
         """Ends the connection at once. What the gateway has been told is charged; the hold expires in a moment."""
@@ -288,7 +243,7 @@ class Meter:
     async def _live(self) -> bool:
         """One connection. Whether there is nothing more to do on another one."""
         async with self._asker._metering() as call:
-            await call.write(self._message(None))
+            await call.write(self._book.opening())
             try:
                 async with asyncio.timeout(self._options.timeout_s):
                     self._hear(await call.read())
@@ -301,7 +256,7 @@ class Meter:
                 async with aclosing(self._answers(call)) as answers:
                     async for answer in answers:
                         self._hear(answer)
-                        if self._ending and not self._reports:
+                        if self._ending and not self._book.reports:
                             return True
             finally:
                 writing.cancel()
@@ -315,7 +270,7 @@ class Meter:
             reading = asyncio.ensure_future(call.read())
             try:
                 while not (await asyncio.wait({reading}, timeout=SILENT_S))[0]:
-                    if self._reports and self._loop.time() >= self._waits_s + SILENT_S:
+                    if self._book.reports and self._loop.time() >= self._waits_s + SILENT_S:
                         raise _silent(SILENT_S)
                 answer = await reading
             finally:
@@ -329,11 +284,10 @@ class Meter:
         with suppress(EntitlementCallError):  # Whoever reads is told of it as well.
             sent = 0
             while True:
-                while report := next((report for report in self._reports if report.number > sent), None):
-                    self._due_sent[report.number] = self._due_units
-                    await call.write(self._message(report))
-                    sent = report.number
-                if self._final:
+                for number, message in self._book.unsent(sent):
+                    await call.write(message)
+                    sent = number
+                if self._book.final:
                     return
                 await self._news.wait()
                 with suppress(TimeoutError):
@@ -343,39 +297,10 @@ class Meter:
                 self._urgent.clear()
                 self._number_gathered()
 
-    def _message(self, report: _Report | None) -> pb.MeterRequest:
-        """None: the opening."""
-        message = pb.MeterRequest()
-        add_lines(message.due, self._due)
-        if report is None:
-            message.open.CopyFrom(self._opening)
-            return message
-        settle = message.report
-        settle.idempotency_key, settle.number, settle.final = report.key, report.number, report.final
-        add_lines(settle.usage, report.usage)
-        return message
-
     def _number_gathered(self) -> None:
-        """What was gathered becomes reports; the last one, at the end, is final."""
-        if self._final:
-            return
-        lines = self._lines()
-        if not self._reports:
+        if not self._book.reports:
             self._waits_s = self._loop.time()
-        self._gathered.clear()
-        self._gathered_units = 0
-        parts = [tuple(lines[at : at + MAX_LINES]) for at in range(0, len(lines), MAX_LINES)]
-        if self._ending and not parts:
-            parts.append(())
-        for index, usage in enumerate(parts):
-            self._number += 1
-            self._final = self._ending and index == len(parts) - 1
-            report = _Report(self._number, usage, self._final, f"{self.hold}/{self._number}")
-            self._reports.append(report)
-            self._reported_units += report.units
-
-    def _lines(self) -> list[Usage]:
-        return [Usage(feature, units, dict(dimensions)) for (feature, dimensions), units in self._gathered.items()]
+        self._book.number(ending=self._ending)
 
     # What is heard
 
@@ -394,10 +319,7 @@ class Meter:
         self.units_left = answer.units_left
         if self.signal is not Signal.STOP:
             self.allowed = True
-        while self._reports and self._reports[0].number <= answer.acknowledged:
-            report = self._reports.popleft()
-            self._reported_units -= report.units
-            self._due_heard = self._due_sent.pop(report.number, self._due_heard)
+        if self._book.acknowledge(answer.acknowledged):
             self._waits_s = self._loop.time()
         self._wake()
 
@@ -412,13 +334,13 @@ class Meter:
 
     async def _charge_late(self) -> None:
         """What was used and not acknowledged before the hold ended."""
-        while self._reports:
-            report = self._reports[0]
+        while self._book.reports:
+            report = self._book.reports[0]
             if report.usage and not await self._settled_late(report):
                 self.uncharged += report.usage
-            self._reported_units -= self._reports.popleft().units
+            self._book.forget()
 
-    async def _settled_late(self, report: _Report) -> bool:
+    async def _settled_late(self, report: Report) -> bool:
         customer = self._opening.customer
         question = holds.settle(report.key, self.hold, customer, report.usage, report.final, None, report.number)
         settlement = await self._asker._ask(question)
@@ -430,10 +352,6 @@ class Meter:
         except IdempotencyMismatch:  # As a report of the hold that is forgotten.
             return True
         return decision.verdict is not Verdict.DENY
-
-
-def _invalid(message: str, key: str) -> EntitlementCallError:
-    return call_error(grpc.StatusCode.INVALID_ARGUMENT, message, key)
 
 
 def _silent(within_s: float) -> Unavailable:

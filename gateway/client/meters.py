@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
+from typing import TypedDict, Unpack
 
 from gateway.client.errors import ClientClosed
 from gateway.client.holds import opening
@@ -14,6 +15,18 @@ from gateway.client.meter import AWAY_S, Call, Meter
 from gateway.client.options import Options
 from gateway.client.questions import Answer, Question
 from gateway.client.values import Decision, Request, Usage, lines
+
+
+class Metering(TypedDict, total=False):
+    """What a block says of its meter, beside whose it is and how much; `open_meter` says what each is for."""
+
+    hold: str | None
+    usage: Sequence[Usage] | None
+    dimensions: Mapping[str, str] | None
+    ttl: timedelta | None
+    subject: str | None
+    due: Sequence[Usage]
+    away_s: float
 
 
 class TaskMeters(ABC):
@@ -70,16 +83,9 @@ class TaskMeters(ABC):
         customer: str,
         feature: str | None = None,
         quantity: int | None = None,
-        *,
-        hold: str | None = None,
-        usage: Sequence[Usage] | None = None,
-        dimensions: Mapping[str, str] | None = None,
-        ttl: timedelta | None = None,
-        subject: str | None = None,
-        due: Sequence[Usage] = (),
-        away_s: float = AWAY_S,
+        **given: Unpack[Metering],
     ) -> AsyncGenerator[Meter]:
-        """A meter for a block; however that ends, what it used is charged and the rest given back.
+        """As `open_meter`, for a block; however that ends, what it used is charged and the rest given back.
 
         async with client.meter("cust-0001", "tokens", 1_000) as meter:
             while meter.allowed and meter.signal is not Signal.STOP:
@@ -87,8 +93,7 @@ class TaskMeters(ABC):
                 meter.use("tokens", 12)
                 await meter.room()
         """
-        used = lines(feature, quantity, dimensions, usage)
-        meter = await self.open_meter(customer, hold=hold, usage=used, ttl=ttl, subject=subject, due=due, away_s=away_s)
+        meter = await self.open_meter(customer, feature, quantity, **given)
         try:
             yield meter
         finally:
