@@ -22,6 +22,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from typing import TypeVar
 
 import msgspec
 
@@ -149,10 +150,7 @@ class Quota(msgspec.Struct):
 
     def at(self, now_ms: int) -> Quota:
         """The quota in the window that holds `now_ms`."""
-        if self.recurrence is Recurrence.NEVER or now_ms < self.end_ms:
-            return self
-        start, end = period(self.recurrence, self.anchor_ms, now_ms)
-        return msgspec.structs.replace(self, used=0, start_ms=start, end_ms=end)
+        return _turned(self, now_ms)
 
 
 class SubjectLimit(msgspec.Struct):
@@ -171,10 +169,17 @@ class SubjectLimit(msgspec.Struct):
 
     def at(self, now_ms: int) -> SubjectLimit:
         """The limit in the window that holds `now_ms`."""
-        if self.recurrence is Recurrence.NEVER or now_ms < self.end_ms:
-            return self
-        start, end = period(self.recurrence, self.anchor_ms, now_ms)
-        return msgspec.structs.replace(self, used=0, start_ms=start, end_ms=end)
+        return _turned(self, now_ms)
+
+
+Windowed = TypeVar("Windowed", Quota, SubjectLimit)
+
+
+def _turned(limit: Windowed, now_ms: int) -> Windowed:
+    if limit.recurrence is Recurrence.NEVER or now_ms < limit.end_ms:
+        return limit
+    start, end = period(limit.recurrence, limit.anchor_ms, now_ms)
+    return msgspec.structs.replace(limit, used=0, start_ms=start, end_ms=end)
 
 
 class Account(msgspec.Struct):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+
+from entitlement.errors import InvalidArgument
 
 # What Kubernetes tells every pod of a Service that is called like a prefix of ours.
 _SERVICE_LINK = re.compile(
@@ -15,3 +18,22 @@ def settings_in(environment: Mapping[str, str], prefix: str) -> dict[str, str]:
     """By name, in lower case and without the prefix."""
     found = {name.removeprefix(prefix): value for name, value in environment.items() if name.startswith(prefix)}
     return {name.lower(): value for name, value in found.items() if not _SERVICE_LINK.search(name)}
+
+
+def settings_with_file(
+    environment: Mapping[str, str], prefix: str, known: Sequence[str], read: Callable[[str], str]
+) -> dict[str, object]:
+    """The same over those of a TOML file that `file` names, and that `read` gives. InvalidArgument names what is not
+    known, and a file that cannot be read.
+    """
+    given = settings_in(environment, prefix)
+    file = given.pop("file", "")
+    try:
+        values: dict[str, object] = dict(tomllib.loads(read(file))) if file else {}
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidArgument("file", f"{file!r} cannot be read as TOML: {error}") from None
+    values |= given
+    for name in values:
+        if name not in known:
+            raise InvalidArgument(name, f"is not a setting; known are {', '.join(known)}, file")
+    return values

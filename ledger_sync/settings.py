@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -11,7 +10,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from entitlement.environment import settings_in
+from entitlement.environment import settings_with_file
 from entitlement.errors import InvalidArgument
 from entitlement.extras import need
 from entitlement.identity import check_id
@@ -99,14 +98,7 @@ def load(environment: Mapping[str, str] | None = None) -> Settings:
     Raises InvalidArgument, which names the setting, its problem and what is expected; never its secret.
     """
     environment = os.environ if environment is None else environment
-    given = settings_in(environment, PREFIX)
-    file = given.pop("file", "")
-    values: dict[str, object] = dict(_read(file)) if file else {}
-    values |= given
-    known = Settings.__struct_fields__
-    for name in values:
-        if name not in known:
-            raise InvalidArgument(name, f"is not a setting; known are {', '.join(known)}, file")
+    values = settings_with_file(environment, PREFIX, Settings.__struct_fields__, lambda file: Path(file).read_text())
     for name, (low, high) in _BOUNDS.items():
         if isinstance(text := values.get(name), str):
             values[name] = parse_integer(name, text, low, high)
@@ -115,13 +107,6 @@ def load(environment: Mapping[str, str] | None = None) -> Settings:
     except msgspec.ValidationError as error:
         raise InvalidArgument("settings", str(error)) from None
     return _checked(settings)
-
-
-def _read(file: str) -> dict[str, object]:
-    try:
-        return tomllib.loads(Path(file).read_text())
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidArgument("file", f"{file!r} cannot be read as TOML: {error}") from None
 
 
 def _checked(settings: Settings) -> Settings:
