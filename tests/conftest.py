@@ -53,7 +53,7 @@ def valkey_url(valkey_server: ValkeyProcess) -> str:
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresProcess]:
     # Tests end processes, not machines: the page cache survives, and without fsync a database is made in milliseconds.
-    with start_or_skip(lambda: PostgresProcess({"fsync": "off"})) as server:
+    with start_or_skip(lambda: PostgresProcess({"fsync": "off"}, lasting=False)) as server:
         yield server
 
 
@@ -68,9 +68,11 @@ def migrated(postgres_server: PostgresProcess) -> str:
 
 
 @pytest.fixture
-def database_dsn(postgres_server: PostgresProcess, migrated: str) -> str:
+def database_dsn(postgres_server: PostgresProcess, migrated: str) -> Iterator[str]:
     """A fresh ledger: its tables, and nothing in them."""
-    return postgres_server.create_database(migrated)
+    dsn = postgres_server.create_database(migrated)
+    yield dsn
+    postgres_server.drop_database(dsn)
 
 
 @pytest.fixture

