@@ -26,10 +26,13 @@ class Flow(Generic[Request, Response]):
         self._arrived: list[Request] = []
         self._groups: set[asyncio.Task[None]] = set()
         self._answers: asyncio.Queue[list[Response] | BaseException | None] = asyncio.Queue()
+        self._reader: asyncio.Task[None] | None = None
         self._ended = False
 
     async def run(self, requests: AsyncIterator[Request]) -> AsyncGenerator[list[Response], None]:
-        reader = asyncio.create_task(self._read(requests))
+        self._reader = reader = asyncio.create_task(self._read(requests))
+        if self._ended:
+            reader.cancel()
         try:
             while (group := await self._answers.get()) is not None:
                 if isinstance(group, BaseException):
@@ -42,6 +45,13 @@ class Flow(Generic[Request, Response]):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def end(self) -> None:
+        """No request is read any more: `run` ends when what was read is answered."""
+        self._ended = True
+        if self._reader is not None:
+            self._reader.cancel()
+        self._leave()
 
     async def _read(self, requests: AsyncIterator[Request]) -> None:
         loop = asyncio.get_running_loop()

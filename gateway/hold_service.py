@@ -12,7 +12,7 @@ import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from entitlement.decision import Consume, Decision
-from entitlement.errors import EntitlementError, InvalidArgument
+from entitlement.errors import EntitlementError, InvalidArgument, Unavailable
 from entitlement.hold_requests import parse_extend, parse_release, parse_reserve, parse_settle
 from entitlement.holding import Closing, Kept, NoHold, Unordered
 from entitlement.v1 import gateway_pb2 as pb
@@ -20,6 +20,7 @@ from gateway.admission import Admission
 from gateway.answers import balance_of, consumed_of
 from gateway.denials import Denials
 from gateway.holds import Holds
+from gateway.lasting import STOPPING, Lasting
 from gateway.meter import MeterStream
 from gateway.refusing import Context, refuse
 
@@ -31,11 +32,12 @@ Answer = TypeVar("Answer")
 class HoldService:
     """Serves one tenant. A hold that is not there, or has ended, is an answer with its reason, not an error."""
 
-    def __init__(self, holds: Holds, denials: Denials, catalog: Admission, tenant: str) -> None:
+    def __init__(self, holds: Holds, denials: Denials, catalog: Admission, tenant: str, lasting: Lasting) -> None:
         self._holds = holds
         self._denials = denials
         self._catalog = catalog
         self._tenant = tenant
+        self._lasting = lasting
         self._closing: set[asyncio.Task[None]] = set()
         self._left: set[MeterStream] = set()  # being closed
         self.streams = 0  # open
@@ -68,13 +70,28 @@ class HoldService:
         stream = MeterStream(self._holds, self._tenant, context.write, self._note, uuid.uuid4().hex)
         self.streams += 1
         try:
-            await stream.run(requests)
+            await self._run(stream, requests)
         except EntitlementError as error:
             self._leave(stream)
             await refuse(context, error)
         finally:
             self.streams -= 1
             self._leave(stream)  # Also when it was cancelled: the caller has gone, and waits for nothing.
+
+    async def _run(self, stream: MeterStream, requests: AsyncIterator[pb.MeterRequest]) -> None:
+        """Until it has ended, or the gateway stops: then what was reported is charged, and Unavailable is raised: it
+        may go on elsewhere.
+        """
+        try:
+            async with asyncio.timeout(None) as until:
+                with self._lasting.told(lambda: until.reschedule(0)):
+                    await stream.run(requests)
+        except TimeoutError:
+            if not until.expired():
+                raise
+            self._leave(stream)
+            await self.stop()
+            raise Unavailable(STOPPING) from None
 
     def _leave(self, stream: MeterStream) -> None:
         if stream not in self._left and not stream.closed:

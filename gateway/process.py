@@ -118,9 +118,13 @@ class Core:
             await asyncio.sleep(PULSE_S)
 
     async def drain(self) -> None:
-        """Health says NOT_SERVING from now on; calls are still decided."""
+        """Health says NOT_SERVING from now on, and calls are still decided. Once whoever asks for health has had time
+        to see it, streams and watchers are ended.
+        """
         self._draining = True
         await self.servicers.stop()
+        await asyncio.sleep(self._settings.announce_ms / 1000)
+        self.servicers.end_lasting()
 
     async def stop(self) -> None:
         await self.servicers.stop()

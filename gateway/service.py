@@ -12,7 +12,7 @@ import grpc
 
 from entitlement.account import Account
 from entitlement.decision import Consume, Decision
-from entitlement.errors import EntitlementError, InvalidArgument
+from entitlement.errors import EntitlementError, InvalidArgument, Unavailable
 from entitlement.identity import check_id
 from entitlement.request import decode, read_consume, split_batch
 from entitlement.v1 import gateway_pb2 as pb
@@ -20,6 +20,7 @@ from gateway.admission import Admission, Loader
 from gateway.answers import balance_response, join_batch, response, usual
 from gateway.denials import Denials
 from gateway.flow import Flow
+from gateway.lasting import Lasting
 from gateway.refusing import Context, CustomerUnknown, refuse, status_of
 from gateway.store.protocol import HotStore, Sight
 
@@ -31,12 +32,15 @@ WAIT_SEQUENCE_S = 5.0  # at most, for GetBalance(at_least_sequence); the caller'
 class GatewayService:
     """Serves one tenant: the caller's identity says which, never the request."""
 
-    def __init__(self, admission: Admission, store: HotStore, loader: Loader, denials: Denials, tenant: str) -> None:
+    def __init__(
+        self, admission: Admission, store: HotStore, loader: Loader, denials: Denials, tenant: str, lasting: Lasting
+    ) -> None:
         self._admission = admission
         self._store = store
         self._loader = loader
         self._denials = denials
         self._tenant = tenant
+        self._lasting = lasting
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """The methods by name. Those that consume take and give bytes."""
@@ -96,9 +100,14 @@ class GatewayService:
         """Answers as they are decided, matched by key. At most MAX_STREAM_IN_FLIGHT are open; then reading waits."""
         flow = Flow(self._answer, MAX_STREAM_IN_FLIGHT)
         write_all = getattr(context, "write_all", None) or partial(_write_all, context)
-        async with aclosing(flow.run(requests)) as groups:
-            async for group in groups:
-                await write_all(group)
+        with self._lasting.told(flow.end):
+            async with aclosing(flow.run(requests)) as groups:
+                async for group in groups:
+                    await write_all(group)
+        try:
+            self._lasting.check()
+        except Unavailable as error:
+            await refuse(context, error)
 
     async def _answer(self, requests: Sequence[bytes]) -> list[bytes]:
         try:
@@ -130,6 +139,7 @@ class GatewayService:
         try:
             customer, seen = self._asked(request), (-1, -1, -1)
             while True:
+                self._lasting.check()
                 account, now_ms = await self._account(customer)
                 place = (account.epoch, account.sequence, account.period_start)
                 if place != seen and account.sequence >= request.at_least_sequence:

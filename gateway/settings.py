@@ -51,7 +51,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     frontdoor: str = ""  # the mapping file of front doors for Envoy, nginx and others; empty: none are opened
     max_in_flight: int = 4_096  # 1..1000000 decisions; beyond it RESOURCE_EXHAUSTED
     max_message_bytes: int = 4_194_304  # 1024..67108864
-    drain_ms: int = 5_000  # 0..600000: how long calls in flight may finish after SIGTERM
+    announce_ms: int = 0  # 0..600000: how long calls are taken after SIGTERM while health says NOT_SERVING
+    drain_ms: int = 5_000  # 0..600000: how long calls in flight may finish after that
     metrics: str = ""  # host:port of figures for Prometheus, /livez and /readyz; empty: none
     tracing: bool = False  # spans by OpenTelemetry, which its own OTEL_... configure; needs the extra `otel`
     log_level: str = "info"
@@ -120,6 +121,7 @@ def _checked(settings: Settings) -> Settings:
     within("remember_ms", settings.remember_ms, 60_000, 86_400_000)
     within("max_in_flight", settings.max_in_flight, 1, 1_000_000)
     within("max_message_bytes", settings.max_message_bytes, 1_024, 67_108_864)
+    within("announce_ms", settings.announce_ms, 0, 600_000)
     within("drain_ms", settings.drain_ms, 0, 600_000)
     within("receipts_max_mib", settings.receipts_max_mib, 16, 1_048_576)
     if settings.durability not in DURABILITIES:

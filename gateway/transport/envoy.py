@@ -89,10 +89,14 @@ class EnvoyTransport:
         return await self._process.wait()
 
     async def stop(self) -> None:
-        """Health says NOT_SERVING, GOAWAY, calls in flight may finish within drain_ms, the end. May be called twice."""
+        """Health says NOT_SERVING for announce_ms; then GOAWAY, calls in flight may finish within drain_ms, the end.
+
+        May be called twice.
+        """
         if self._draining >= 0:
             os.close(self._draining)
             self._draining = -1
+            await asyncio.sleep(self._settings.announce_ms / 1000)
         if self._process is not None and self._process.returncode is None:
             try:
                 await self._drain()

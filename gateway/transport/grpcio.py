@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
 
 from entitlement.errors import InvalidArgument
 from gateway.settings import Settings
-from gateway.transport import listening
+from gateway.transport import lines, listening
 from gateway.transport.asgi import MAX_CALLS
 from gateway.transport.certificates import Certificates
 from gateway.transport.guard import GuardedServer
@@ -52,8 +54,25 @@ class GrpcioTransport:
         await self._server.start()
 
     async def stop(self, grace_s: float) -> None:
-        """No new calls; those in flight may finish within the grace. May be called twice."""
-        await self._server.stop(grace_s)
+        """No new calls; those in flight may finish within the grace. May be called twice.
+
+        A new call is UNAVAILABLE: refused, or its connection has ended. grpcio's own stop would send GOAWAY, and cancel
+        what arrives before the peer has read it. So each connection is ended as soon as nothing is in flight on it, and
+        grpcio is stopped when nobody can be told anything any more.
+        """
+        self._guarded.gate.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._end_idle()
+        lines.let_nobody_in(self.addresses)
+        lines.end(self.addresses)
+        await self._server.stop(None)
+
+    async def _end_idle(self) -> None:
+        """Returns when nothing is in flight."""
+        while busy := self._guarded.gate.peers():
+            lines.end(self.addresses, busy)
+            await self._guarded.gate.left()
 
     def _bind(self, address: str) -> str:
         if address.startswith("unix:"):

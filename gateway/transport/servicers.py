@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from entitlement.probes import Components
@@ -18,16 +18,17 @@ from gateway.denials import Denials
 from gateway.frontdoor.doors import FrontDoors
 from gateway.hold_service import HoldService
 from gateway.holds import Holds
+from gateway.lasting import Lasting
 from gateway.service import GatewayService
 from gateway.settings import Settings
 from gateway.store.protocol import HotStore
 from gateway.tracing import Handlers
 from gateway.transport.gatekeeper import Gatekeeper
+from gateway.transport.health import Health
 
 SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["EntitlementGateway"].full_name
 COMPONENT = "component/"
 LOOK_EVERY_S = 0.1
-_STATUS = {True: health_pb2.HealthCheckResponse.SERVING, False: health_pb2.HealthCheckResponse.NOT_SERVING}
 _log = structlog.get_logger(__name__)
 
 
@@ -61,12 +62,13 @@ class Servicers:
     ) -> None:
         """`gate`: lets in who may call; without one everybody may."""
         self._gate = gate
-        self._service = GatewayService(admission, store, loader, denials, settings.tenant)
-        self._holds = HoldService(holds, denials, admission, settings.tenant)
+        self._lasting = Lasting()
+        self._service = GatewayService(admission, store, loader, denials, settings.tenant, self._lasting)
+        self._holds = HoldService(holds, denials, admission, settings.tenant, self._lasting)
         file = settings.frontdoor
         self.front = FrontDoors(file, admission, store, denials, settings.tenant, gate) if file else None
         self._trace = trace
-        self._health = health.aio.HealthServicer()
+        self._health = Health(self._lasting)
         self._reflection = settings.reflection
         self._watch: asyncio.Task[None] | None = None
 
@@ -90,7 +92,7 @@ class Servicers:
 
     async def start(self, components: Callable[[], Components]) -> None:
         """Health is SERVING while every component is well; of each alone it tells as 'component/<name>'."""
-        await self._say(_well(components()))
+        self._say(_well(components()))
         self._watch = asyncio.create_task(self._follow(components))
 
     async def stop(self) -> None:
@@ -98,23 +100,26 @@ class Servicers:
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
-        await self._health.enter_graceful_shutdown()
+        self._health.stop()
+
+    def end_lasting(self) -> None:
+        """Streams and watchers end, in order, and go on elsewhere. May be called twice."""
+        self._lasting.end()
 
     async def finish(self) -> None:
         """Once no call comes any more: streams that broke off are settled when this returns, or could not be."""
         await self._holds.stop()
 
-    async def _say(self, well: Mapping[str, bool]) -> None:
+    def _say(self, well: Mapping[str, bool]) -> None:
         serving = all(well.values())
-        for name, good in {"": serving, SERVICE: serving, **{COMPONENT + name: well[name] for name in well}}.items():
-            await self._health.set(name, _STATUS[good])
+        self._health.tell({"": serving, SERVICE: serving, **{COMPONENT + name: well[name] for name in well}})
 
     async def _follow(self, components: Callable[[], Components]) -> None:
         told: dict[str, bool] = {}
         while True:
             now = components()
             if (well := _well(now)) != told:
-                await self._say(well)
+                self._say(well)
                 if told:
                     down = {name: part.detail for name, part in now.items() if not part.ok}
                     _log.warning("health", serving=not down, down=down)

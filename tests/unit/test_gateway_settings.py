@@ -63,6 +63,7 @@ BOUNDS = {
     "remember_ms": (60_000, 86_400_000),
     "max_in_flight": (1, 1_000_000),
     "max_message_bytes": (1_024, 67_108_864),
+    "announce_ms": (0, 600_000),
     "drain_ms": (0, 600_000),
 }
 

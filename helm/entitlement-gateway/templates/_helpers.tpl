@@ -124,7 +124,8 @@ topologySpreadConstraints:
 {{- define "entitlement-gateway.gracePeriod" -}}
 {{- $drain := 5000 -}}
 {{- if hasKey .Values.gateway.settings "drain_ms" }}{{ $drain = int64 .Values.gateway.settings.drain_ms }}{{ end -}}
-{{ add (int64 .Values.gateway.preStopSeconds) (ceil (divf $drain 1000)) 35 }}
+{{- $announce := int64 (default 0 .Values.gateway.settings.announce_ms) -}}
+{{ add (int64 .Values.gateway.preStopSeconds) (ceil (divf $announce 1000)) (ceil (divf $drain 1000)) 35 }}
 {{- end -}}
 
 {{/* What cannot be said by the schema. */}}
