@@ -1,7 +1,8 @@
 """Journal records: what the hot store writes for every change of an account, and what the ledger reads.
 
-A stream entry has one field, `r`, packed little-endian by the scripts (d: double, B: byte, H: 16 bits, z: text that
-ends with NUL, pair: two doubles h, l that mean h * 10^9 + l). Codec version 1:
+A stream entry's first field is `r`; a later version may append fields, which are passed over. `r` is packed
+little-endian by the scripts (d: double, B: byte, H: 16 bits, z: text that ends with NUL, pair: two doubles h, l that
+mean h * 10^9 + l). Codec version 1:
 
     B codec  B kind  d epoch  d sequence  d version  d recorded_ms  z 'tenant customer'  z crossings      then by kind
     1 consumed: d event_ms  d period_start  B verdict  B flags   pair settled  pair allowance  d cycle_start  B lines
@@ -45,6 +46,7 @@ from entitlement.records import Settled as Settled
 
 CODEC = 1
 FIELD = b"r"
+UNKNOWN_CODEC = "journal codec version"  # how a CorruptRecord begins that a later version may read
 CONSUMED, ROLLED, ADJUSTED, HELD, SETTLED, ENDED = 1, 2, 3, 4, 5, 6
 
 _HEADER = Struct("<BB4d")
@@ -134,7 +136,7 @@ def decode(data: bytes) -> Record:
     try:
         codec, kind, epoch, sequence, version, recorded = _HEADER.unpack_from(data)
         if codec != CODEC:
-            raise CorruptRecord(f"journal codec version {codec} is unknown; this reader knows {CODEC}")
+            raise CorruptRecord(f"{UNKNOWN_CODEC} {codec} is unknown; this reader knows {CODEC}")
         reader = _DECODERS[kind]
         who, at = _text(data, _HEADER.size)
         crossings, at = _text(data, at)

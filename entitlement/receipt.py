@@ -2,10 +2,10 @@
 the consumption is told. Pure.
 
 A receipt's bytes, little-endian: B kind, Q when it was decided (ms on the hot store's clock), H size of the prices,
-I size of the request; then the prices ('plan NUL version', and 'NUL meter' for each usage line), the
-CheckAndConsumeRequest in protobuf, and what consume.lua has answered. Kind 2, granted while the hot store was away, has
-no answer: it is priced when it is settled. Of holds: kinds 3 (ReserveRequest), 4 (ExtendRequest) and 5 (SettleRequest),
-with what reserve.lua and settle.lua have answered.
+I size of the request; then the prices ('plan NUL version', and 'NUL meter' for each usage line; what a later version
+appends after a newline is passed over), the CheckAndConsumeRequest in protobuf, and what consume.lua has answered.
+Kind 2, granted while the hot store was away, has no answer: it is priced when it is settled. Of holds: kinds 3
+(ReserveRequest), 4 (ExtendRequest) and 5 (SettleRequest), with what reserve.lua and settle.lua have answered.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from entitlement.request import read_consume
 from entitlement.v1 import gateway_pb2
 
 GRANTED, DEGRADED, HELD, EXTENDED, SETTLED = 1, 2, 3, 4, 5  # kinds of receipts
+
+LATER = b"\n"  # in no name: before what a later version appends to the prices
 
 _HEAD = Struct("<BQHI")
 _SIGNS = (b"=", b"~")  # decided now, decided before
@@ -99,7 +101,7 @@ def parse(data: bytes, tenant: str) -> Receipt | Granted | HoldReceipt:
         if kind not in (GRANTED, DEGRADED, HELD, EXTENDED, SETTLED):
             raise CorruptRecord(f"receipt of kind {kind} is unknown")
         start = _HEAD.size + price_size
-        plan, version, *meters = data[_HEAD.size : start].decode().split("\0")
+        plan, version, *meters = data[_HEAD.size : start].partition(LATER)[0].decode().split("\0")
         if kind in (HELD, EXTENDED, SETTLED):
             end = start + request_size
             return _of_hold(

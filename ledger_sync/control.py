@@ -30,6 +30,7 @@ from ledger_sync.opener import Opener
 from ledger_sync.page_turns import PageTurner
 from ledger_sync.patrol import Patrol
 from ledger_sync.pusher import Pusher
+from ledger_sync.readable import Readable
 from ledger_sync.reconcile import Reconciler
 from ledger_sync.redrive import Redriver
 from ledger_sync.rerate import Rerates
@@ -97,6 +98,7 @@ class ControlPlane:
     def _chores(self) -> dict[str, Chore]:
         """What becomes due by the clock, in the order in which it is tended."""
         return {
+            "readable": Readable(self.quarantine),
             "denials": GateDenials(self._ledger, self.hot),
             "holds": HoldExpiry(self.hot, self.opener),
             "contracts": self.contracts,

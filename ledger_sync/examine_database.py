@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -37,7 +37,7 @@ SELECT current_setting('server_version_num')::integer AS number, current_setting
        (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend') AS connections,
        current_setting('max_connections')::integer AS max_connections"""
 
-_APPLIED: Final = "SELECT number, checksum FROM migrations"
+_APPLIED: Final = "SELECT number, checksum, (to_jsonb(m) ->> 'works_with')::integer AS works_with FROM migrations m"
 
 # Of the tables that migrations made, those that the role may not write.
 _FORBIDDEN: Final = """
@@ -69,11 +69,13 @@ async def _examine(connection: Connection) -> list[Check]:
     assert row is not None
     found = [ok(COMPONENT, "reachable", f"database {row['database']} as {row['role']}"), *judge(row)]
     if row["migrated"]:
-        applied = {item["number"]: item["checksum"] for item in await connection.fetch(_APPLIED)}
+        rows = await connection.fetch(_APPLIED)
+        applied = {item["number"]: item["checksum"] for item in rows}
+        works_with = {item["number"]: item["works_with"] for item in rows}
         forbidden = [item["relname"] for item in await connection.fetch(_FORBIDDEN)]
     else:
-        applied, forbidden = {}, []
-    return [*found, judge_migrations(applied), _permission(row, forbidden)]
+        applied, works_with, forbidden = {}, {}, []
+    return [*found, judge_migrations(applied, works_with), _permission(row, forbidden)]
 
 
 def judge(row: Row) -> Iterable[Check]:
@@ -110,11 +112,16 @@ def _durability(row: Row) -> Check:
     return ok(COMPONENT, "durability", f"fsync on, synchronous_commit {row['synchronous_commit']}")
 
 
-def judge_migrations(applied: dict[int, str]) -> Check:
+def judge_migrations(applied: Mapping[int, str], works_with: Mapping[int, int | None] | None = None) -> Check:
     known = migrations.available()
     fix = "start ledger_sync: it applies them"
-    if (ahead := max(applied, default=0) - len(known)) > 0:
-        return fail(COMPONENT, "migrations", f"the database is {ahead} ahead of this program", "run the newer one")
+    by, works = migrations.ahead(dict.fromkeys(applied) | dict(works_with or {}))
+    if not works:
+        return fail(COMPONENT, "migrations", f"the database is {by} ahead of this program", "run the newer one")
+    if by:
+        return warn(
+            COMPONENT, "migrations", f"the database is {by} ahead, and works with this program", "run the newer one"
+        )
     changed = [
         f"{item.number:03d}_{item.name}" for item in known if applied.get(item.number, "") not in ("", item.checksum)
     ]

@@ -309,7 +309,7 @@ def _record(fields: Sequence[bytes] | None) -> bytes | None:
     """The record of an entry; of one that has other fields, whatever it has, which no codec takes for a record."""
     if fields is None:
         return None
-    if len(fields) == 2 and fields[0] == FIELD:
+    if len(fields) >= 2 and fields[0] == FIELD:  # Fields after it are of a later version (docs/upgrades.md).
         return fields[1]
     return b"not a journal record: " + b" ".join(fields)
 

@@ -14,7 +14,7 @@ import msgspec
 import structlog
 
 from entitlement.errors import CorruptRecord, EntitlementError, InvalidArgument, Unavailable
-from entitlement.journal import Consumed, Record, decode
+from entitlement.journal import CODEC, Consumed, Record, decode
 from entitlement.v1 import ledger_pb2 as pb
 from ledger_sync import changes, hot_deltas, passed_over, quarantine
 from ledger_sync.bookkeeping import Bookkeeper
@@ -72,6 +72,18 @@ class Redriver:
                 left = await self._retry(connection, chunk, actor, response)
             response.left.extend(map(quarantine.message, left[: MAX_LEFT - len(response.left)]))
         return response
+
+    async def retry_readable(self) -> int:
+        """Books, as `retry` does, what an older program kept because it did not know the codec, and this one does. How
+        many it tried.
+        """
+        async with self._ledger.transaction(readonly=True) as connection:
+            ids = await passed_over.of_codec(connection, CODEC, CHUNK)
+            ours = [item.id for item in self._ours(await passed_over.kept(connection, ids))]
+        if ours:
+            done = await self.retry(pb.QuarantineRequest(ids=ours), "upgrade")
+            log.warning("readable_now", resolved=done.resolved, left=len(done.left))
+        return len(ours)
 
     async def drop(self, request: pb.QuarantineRequest, actor: str) -> pb.QuarantineResponse:
         """Gives records up, with a reason: a hot account that has paid for one gets it back. Transactions and errors as

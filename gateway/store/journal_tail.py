@@ -118,7 +118,7 @@ def _streams(reply: Reply) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
 def _entry(entry: Reply) -> tuple[str, bytes]:
     assert isinstance(entry, list)
     fields = entry[1] if isinstance(entry[1], list) else []
-    data = fields[1] if len(fields) == 2 and fields[0] == FIELD else b""
+    data = fields[1] if len(fields) >= 2 and fields[0] == FIELD else b""
     assert isinstance(data, bytes)
     return _text(entry[0]), data
 

@@ -368,6 +368,24 @@ async def test_a_schema_that_is_not_this_programs_is_refused(ledger: Ledger, dat
         await migrations.run(database_dsn)
 
 
+async def test_a_newer_schema_that_works_with_this_program_is_taken(ledger: Ledger, database_dsn: str) -> None:
+    last = len(migrations.available())
+    future = "INSERT INTO migrations (number, name, checksum, works_with) VALUES"
+    await run(ledger, f"{future} ({last + 1}, 'next', '', {last}), ({last + 2}, 'after', '', {last - 1})")
+    assert await migrations.run(database_dsn) == []
+    await run(ledger, f"{future} ({last + 3}, 'other', '', {last + 1})")
+    with pytest.raises(SchemaError, match="3 migrations ahead of this program"):
+        await migrations.run(database_dsn)
+
+
+async def test_tables_of_before_say_nothing_of_what_they_work_with(ledger: Ledger, database_dsn: str) -> None:
+    await run(ledger, "ALTER TABLE migrations DROP COLUMN works_with")
+    assert await migrations.run(database_dsn) == []
+    assert await value(ledger, "SELECT count(*) FROM migrations WHERE works_with IS NULL") == len(
+        migrations.available()
+    )
+
+
 async def test_closing_twice_is_fine(database_dsn: str) -> None:
     ledger = await Ledger.open(database_dsn)
     await ledger.close()

@@ -237,6 +237,15 @@ class TestRetry:
         assert (await shop.retry()).resolved == 1
         assert (await shop.clean()).events == 2 + followed
 
+    async def test_what_an_older_program_could_not_read_is_booked_without_asking(self, shop: Shop) -> None:
+        future = b"\x09" + journal.encode(journal_records.consumed("x", 1))[1:]
+        record = await shop.consume_kept("undecodable", key="k", spoiled=future)
+        assert await shop.control.quarantine.retry_readable() == 0, "it is of a codec that nobody here knows"
+        await shop.execute("UPDATE quarantine SET record = $1", journal.encode(record))  # As a newer reader reads it.
+        assert await shop.control.quarantine.retry_readable() == 1
+        assert (await shop.clean()).events == 2
+        assert await shop.resolutions() == ["retried by upgrade"]
+
     async def test_a_bad_request_stays_with_its_reason(self, shop: Shop) -> None:
         await shop.write("eve", journal.encode(journal_records.consumed("k", 1, customer="eve", payload=b"\xff")))
         (left,) = (await shop.retry()).left

@@ -161,6 +161,9 @@ class TestDatabase:
             for applied in (known, {1: known[1]}, known | {last + 1: "x"}, known | {1: "changed"}, {})
         ]
         assert found == [OK, WARN, FAIL, FAIL, WARN]
+        ahead = known | {last + 1: "x"}
+        assert examine_database.judge_migrations(ahead, {last + 1: last}).outcome is WARN
+        assert examine_database.judge_migrations(ahead, {last + 1: last + 1}).outcome is FAIL
 
 
 class TestMoney:

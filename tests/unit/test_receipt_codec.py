@@ -106,6 +106,12 @@ class TestReceipt:
             at_ms, PLAN, decision.rate_version or "3", (TOKENS, IMAGES), asked, pack_answer(decision), decision
         )
 
+    def test_what_a_later_version_appends_is_passed_over(self) -> None:
+        asked = request("k1", (TOKENS, 4))
+        paid, decision = charge(asked), granted(Charged(4, 8))
+        later = draft(asked, prices(paid) + b"\nregion=eu\0x", AT_MS) + reply(decision)
+        assert parsed(later) == parsed(receipt(asked, paid, decision))
+
     def test_the_meter_is_that_of_the_rate_and_not_the_feature(self) -> None:
         asked = request("k1", (TOKENS, 4))
         paid = Charge(PLAN, 3, 0, 0, (Price(f"{TOKENS},model=m3", "U 3 1"),))
