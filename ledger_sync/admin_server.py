@@ -51,10 +51,10 @@ class AdminServer:
         self.addresses: tuple[str, ...] = ()
 
     async def start(self) -> None:
-        """InvalidArgument: an address cannot be bound."""
+        """Health is NOT_SERVING until it is told. InvalidArgument: an address cannot be bound."""
         self.addresses = tuple([self._bind(address) for address in self._listen])
+        await self.serving(False)  # Until its loops run.
         await self._server.start()
-        await self.serving(True)
 
     async def serving(self, yes: bool) -> None:
         """Tells health watchers whether the ledger is kept up to date."""

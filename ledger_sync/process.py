@@ -34,7 +34,9 @@ from ledger_sync.worker import Health, Loop, Worker
 
 GC_THRESHOLD: Final = 50_000  # A batch makes many small values that live briefly together.
 HEALTH_EVERY_S: Final = 0.25
+SOON_S: Final = 0.02  # while something is not well
 RETRY_S: Final = 0.25
+SAY_AGAIN_S: Final = 10.0  # that the database is still away, for the same reason
 
 log = structlog.get_logger(__name__)
 
@@ -155,6 +157,7 @@ class Process:
     async def _watch_health(self, admin: AdminServer, worker: Worker) -> None:
         """SERVING while every loop runs and goes round; of the stores it is told beside that."""
         told: dict[str, bool] = {}
+        was_well = False  # That the loops come to run is no news.
         while True:
             if self._soundings:
                 await admin.tell_of({name: part.ok for name, part in self._soundings.components.items()})
@@ -162,10 +165,11 @@ class Process:
             if now != told:
                 await admin.tell(now)
                 down = {name: _why(worker.health[name]) for name, well in now.items() if not well}
-                if told:
+                if told and (down or was_well):
                     log.warning("health", serving=not down, down=down)
+                was_well = was_well or not down
                 told = now
-            await asyncio.sleep(HEALTH_EVERY_S)
+            await asyncio.sleep(HEALTH_EVERY_S if all(now.values()) else SOON_S)
 
 
 async def open_ledger(settings: Settings) -> Ledger:
@@ -174,13 +178,16 @@ async def open_ledger(settings: Settings) -> Ledger:
     LedgerUnavailable: it has not come in time. SchemaError: it is not this program's.
     """
     deadline = monotonic() + settings.start_ms / 1000
+    told, again_s = "", 0.0
     while True:
         try:
             return await Ledger.open(settings.database_url, connections=settings.connections)
         except LedgerUnavailable as error:
             if monotonic() >= deadline:
                 raise
-            log.warning("waiting_for_database", error=str(error))
+            if str(error) != told or monotonic() >= again_s:
+                told, again_s = str(error), monotonic() + SAY_AGAIN_S
+                log.warning("waiting_for_database", error=told)
         await asyncio.sleep(RETRY_S)
 
 

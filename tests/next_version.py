@@ -1,7 +1,7 @@
 """`python -m tests.next_version gateway|ledger_sync …`: this program as its next minor version may be.
 
-See docs/upgrades.md. Journal entries and receipts have one more field, scripts are others, and one more migration works with
-the program of today.
+See docs/upgrades.md. Journal entries and receipts have one more field, scripts are others, and there is one more
+migration, which works with the program of today.
 """
 
 from __future__ import annotations
