@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TypeVar
+
+import msgspec
 
 from entitlement.errors import InvalidArgument
 
@@ -37,3 +40,16 @@ def settings_with_file(
         if name not in known:
             raise InvalidArgument(name, f"is not a setting; known are {', '.join(known)}, file")
     return values
+
+
+Settings = TypeVar("Settings", bound=msgspec.Struct)
+
+
+def merged(now: Settings, found: Settings, may_change: Collection[str]) -> tuple[Settings, list[str], list[str]]:
+    """The settings that hold from now on, when `found` was read while a process runs; the names of those that have
+    changed, and of those that would have, but may not before a restart.
+    """
+    different = [name for name in now.__struct_fields__ if getattr(now, name) != getattr(found, name)]
+    changed = [name for name in different if name in may_change]
+    taken = {name: getattr(found, name) for name in changed}
+    return msgspec.structs.replace(now, **taken), changed, [name for name in different if name not in may_change]

@@ -18,12 +18,13 @@ from gateway.transport import envoy
 
 
 async def serve(settings: Settings) -> None:
-    """Runs until SIGTERM or SIGINT, then drains."""
+    """Runs until SIGTERM or SIGINT, then drains. SIGHUP: the settings are read again."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stop.set)
     process = envoy.EnvoyTransport(settings) if _by_envoy(settings) else Process(settings)
+    loop.add_signal_handler(signal.SIGHUP, process.reload)
     ended = loop.create_task(_ended(process))
     try:
         await process.start()

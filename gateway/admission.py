@@ -50,7 +50,7 @@ class Admission:
         self._catalog = catalog
         self._loader = loader
         self._degraded = degraded
-        self._max_in_flight = max_in_flight
+        self.max_in_flight = max_in_flight
         self.in_flight = 0
         self.tally = Tally()
 
@@ -65,10 +65,10 @@ class Admission:
         Raises InvalidArgument and IdempotencyMismatch (nothing was charged), Overloaded (nothing was tried) and
         Unavailable (unknown: retry with the same key). Cancelling is safe at any point for the same reason.
         """
-        if self.in_flight >= self._max_in_flight:
+        if self.in_flight >= self.max_in_flight:
             self.tally.refused[OVERLOADED] += 1
             raise Overloaded(
-                f"{self.in_flight} calls are in flight, the limit is {self._max_in_flight}; retry with the same key"
+                f"{self.in_flight} calls are in flight, the limit is {self.max_in_flight}; retry with the same key"
             )
         self.in_flight += 1
         began = perf_counter()
@@ -116,11 +116,11 @@ class Admission:
 
     def check_room(self, more: int) -> None:
         """Raises Overloaded when there is no room for so many more, before anything is done for them."""
-        if self.in_flight + more > self._max_in_flight:
+        if self.in_flight + more > self.max_in_flight:
             self.tally.refused[OVERLOADED] += more
             raise Overloaded(
                 f"{self.in_flight} calls are in flight and {more} more would pass the limit "
-                f"{self._max_in_flight}; retry with the same keys"
+                f"{self.max_in_flight}; retry with the same keys"
             )
 
     async def _all_without(self, requests: Sequence[Consume], away: Unavailable) -> list[Decision | EntitlementError]:

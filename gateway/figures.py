@@ -46,6 +46,7 @@ class Parts(msgspec.Struct, frozen=True):
     components: Callable[[], Mapping[str, Component]]
     not_let_in: Callable[[], Mapping[str, int]]
     stale: Callable[[], bool]
+    reload_failed: Callable[[], bool]
 
 
 class Figures(Collector):
@@ -145,6 +146,9 @@ def _state(parts: Sequence[Parts]) -> Iterator[Metric]:
     yield _gauge("identities_stale", "1: the files that say who may call could not be read again.", {(): stale})
     generation = min([part.catalog.generation for part in parts], default=-1)
     yield _gauge("catalogue_generation", "The catalogue that prices; -1: none was read.", {(): generation})
+    failed = any(part.reload_failed() for part in parts)
+    text = "1: the settings were read again and are not sound; the ones before them hold."
+    yield _gauge("config_reload_failed", text, {(): failed})
     silent = max([part.pulse.silent_s for part in parts], default=0.0)
     yield _gauge("loop_silent_seconds", "Since the event loop last turned.", {(): silent})
     running = GaugeMetricFamily(build.FIGURE, build.FIGURE_TEXT, labels=("version",))

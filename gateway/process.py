@@ -9,6 +9,7 @@ from time import monotonic
 
 import structlog
 
+from entitlement import logs
 from entitlement.catalog import Snapshot
 from entitlement.decision import Limits
 from entitlement.probes import Component, Pulse
@@ -20,6 +21,7 @@ from gateway.denials import Denials
 from gateway.fence import Fence
 from gateway.figures import Parts
 from gateway.receipts import Receipts, tend
+from gateway.reloading import Reloader
 from gateway.settings import Settings
 from gateway.store.connection import Endpoint
 from gateway.store.control import Control
@@ -42,6 +44,7 @@ class Core:
         """`failures`: calls that ended in an error nobody foresaw, as the transport counts them."""
         self._settings = settings
         self.traces = traces = opened(on=settings.tracing)
+        self.reloader = Reloader(settings, self._apply)
         limits = Limits(remember_ms=settings.remember_ms)
         self._catalog = Catalog(durability=settings.unless_said)
         self.receipts = Receipts(settings.receipts_base, max_bytes=settings.receipts_max_mib << 20)
@@ -79,6 +82,7 @@ class Core:
         self._parts = Parts(
             *(self.admission, holds, self._store, self.receipts, self._degraded, self._catalog, self._pulse),
             *(lambda: self.servicers.streams, failures, self.components, self._refused, self._stale),
+            lambda: self.reloader.failed,
         )
 
     async def start(self) -> None:
@@ -87,6 +91,7 @@ class Core:
         exposition.add(self._settings, self._parts)
         self._tasks.append(asyncio.create_task(self._beat()))
         await self._store.start()
+        self._tasks.append(asyncio.create_task(self.reloader.run()))
         self._tasks.append(asyncio.create_task(tend(self.receipts, self._store)))
         await self._control.start()
         if self._gate is not None:
@@ -112,6 +117,14 @@ class Core:
     def _stale(self) -> bool:
         return bool(self._gate and self._gate.doorkeeper.problem)
 
+    def _apply(self, settings: Settings) -> None:
+        if self.servicers.front is not None:
+            self.servicers.front.reload()
+        logs.set_level(settings.log_level)
+        self.admission.max_in_flight = settings.max_in_flight
+        self._control.load_timeout_ms = settings.load_timeout_ms
+        self.receipts.max_bytes = settings.receipts_max_mib << 20
+
     async def _beat(self) -> None:
         while True:
             self._pulse.beat()
@@ -123,7 +136,7 @@ class Core:
         """
         self._draining = True
         await self.servicers.stop()
-        await asyncio.sleep(self._settings.announce_ms / 1000)
+        await asyncio.sleep(self.reloader.settings.announce_ms / 1000)
         self.servicers.end_lasting()
 
     async def stop(self) -> None:
@@ -156,7 +169,6 @@ class Process:
     """A gateway served by grpcio in this process."""
 
     def __init__(self, settings: Settings) -> None:
-        self._drain_s = settings.drain_ms / 1000
         self._core = Core(settings, lambda: self._transport.failures)
         self._transport = GrpcioTransport(self._core.servicers.register, settings)
         front = self._core.servicers.front
@@ -176,7 +188,11 @@ class Process:
         await self._core.start()
         await self._transport.start()
 
+    def reload(self) -> None:
+        """Reads the settings again, soon."""
+        self._core.reloader.wake()
+
     async def stop(self) -> None:
         await self._core.drain()
-        await self._transport.stop(self._drain_s)
+        await self._transport.stop(self._core.reloader.settings.drain_ms / 1000)
         await self._core.stop()

@@ -20,6 +20,7 @@ from gateway.frontdoor import mapping
 from gateway.store.connection import Endpoint
 
 PREFIX = "ENTITLEMENT_GATEWAY_"
+RELOADED = ("load_timeout_ms", "receipts_max_mib", "max_in_flight", "announce_ms", "drain_ms", "log_level")
 DURABILITIES = {
     "redis": Durability.REDIS,
     "receipt": Durability.RECEIPT,
@@ -96,7 +97,8 @@ _NUMBERS = {field.name for field in msgspec.structs.fields(Settings) if field.ty
 
 
 def load(environment: Mapping[str, str] | None = None) -> Settings:
-    """Settings from ENTITLEMENT_GATEWAY_* and the TOML file that ENTITLEMENT_GATEWAY_FILE names.
+    """Settings from ENTITLEMENT_GATEWAY_* and the TOML file that ENTITLEMENT_GATEWAY_FILE names. Those of RELOADED may
+    change while the gateway runs.
 
     Raises InvalidArgument, which names the setting, its problem and what is expected; never its secret.
     """

@@ -22,12 +22,13 @@ from ledger_sync.settings import Settings, load
 
 
 async def serve(settings: Settings) -> None:
-    """Runs until SIGTERM or SIGINT, then finishes what is in hand."""
+    """Runs until SIGTERM or SIGINT, then finishes what is in hand. SIGHUP: the settings are read again."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stop.set)
     process = Process(settings)
+    loop.add_signal_handler(signal.SIGHUP, process.reloader.wake)
     starting = asyncio.create_task(process.start())
     stopping = asyncio.create_task(stop.wait())
     try:

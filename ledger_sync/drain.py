@@ -74,8 +74,7 @@ class Lane:
         self.reader = reader
         self.beat = Beat()
         self._ledger = ledger
-        self._size = size
-        self._linger_s = linger_ms / 1000
+        self.tune(size, linger_ms)
         self._figures = figures
         self._on_commit = on_commit
         self.opening: int | None = None  # of the hot store that is read
@@ -83,6 +82,11 @@ class Lane:
         self._stray = False  # someone waits, and nothing is in hand
         self._asked = asyncio.Event()  # someone waits: do not linger
         self._done = asyncio.Event()  # of the batch in hand
+
+    def tune(self, size: int, linger_ms: int) -> None:
+        """From the next batch on."""
+        self._size = size
+        self._linger_s = linger_ms / 1000
 
     async def run(self, lease: Lease) -> None:
         """Until it is cancelled: then the batch in hand is finished, and what was read beyond it is left to others."""
@@ -252,6 +256,11 @@ class Drain:
         self._serving: dict[int, asyncio.Task[None]] = {}
         self._beat = Beat()
         self._lag_beat = Beat()
+
+    def tune(self, batch: int, linger_ms: int) -> None:
+        """From the next batches on."""
+        for lane in self._lanes:
+            lane.tune(batch, linger_ms)
 
     @property
     def beats(self) -> Mapping[str, Beat]:

@@ -43,7 +43,7 @@ class Patrol:
         self._reconciler = reconciler
         self._tenant = tenant
         self._figures = figures
-        self._round_s = round_s
+        self.round_s = round_s
         self.beat = Beat(DEADLINE_S)
         self._drifting: dict[str, list[Drift]] = {}  # by customer, as seen last
         self.rounded_s = 0.0  # when everybody had last been looked at here, in seconds since 1970; 0: not yet
@@ -85,7 +85,7 @@ class Patrol:
             names, drifts = await self._reconciler.compare(after)
             await self._seen(after, names, drifts)
             number, now = number + 1, monotonic()
-            due = began + self._round_s * min(number / pages, 1)
+            due = began + self.round_s * min(number / pages, 1)
             await self.beat.sleep(max(due - now, now - started))  # Others have at least half of the time.
             if not names:
                 self.rounded_s = time()

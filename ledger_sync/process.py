@@ -10,6 +10,7 @@ from typing import Final
 
 import structlog
 
+from entitlement import logs
 from entitlement.decision import Limits
 from entitlement.probes import Component, Components, Pulse
 from ledger_sync.admin import LedgerAdmin
@@ -24,6 +25,7 @@ from ledger_sync.ledger import Ledger, LedgerUnavailable
 from ledger_sync.outbox import Outbox
 from ledger_sync.patrol import Patrol
 from ledger_sync.publisher import open_publisher
+from ledger_sync.reloading import Reloader
 from ledger_sync.settings import Settings
 from ledger_sync.settlement import Outcome
 from ledger_sync.soundings import Soundings
@@ -66,10 +68,14 @@ class Process:
         self._admin: AdminServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._pulse = Pulse(monotonic)
+        self._control: ControlPlane | None = None
+        self._drain: Drain | None = None
         self._worker: Worker | None = None
         self._soundings: Soundings | None = None
         self._exposition = Exposition(settings, lambda: {"loop": self._pulse.component}, self.components)
         self._ending = False
+        self.reloader = Reloader(settings, self._apply)
+        self._figures.reload_failed.set_function(lambda: self.reloader.failed)
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -82,9 +88,10 @@ class Process:
         settings = self._settings
         self._exposition.start()
         self._tasks.append(asyncio.create_task(self._beat()))
+        self._tasks.append(asyncio.create_task(self.reloader.run()))
         self._ledger = ledger = await open_ledger(settings)
         await declare(ledger, self._target)
-        drain = Drain(
+        self._drain = drain = Drain(
             self.traces.ledger(ledger),
             self._readers,
             figures=self._figures,
@@ -104,14 +111,14 @@ class Process:
             random=self._random,
             publish_s=settings.publisher_deadline_ms / 1000,
         )
-        loops: dict[str, Loop] = {"drain": drain, "outbox": self._outbox, "control": self._control}
+        loops: dict[str, Loop] = {"drain": drain, "outbox": self._outbox, "control": control}
         if self._target:
             loops["webhooks"] = Webhooks(ledger, self._target, figures=self._figures, random=self._random)
         self._worker = worker = Worker(loops, figures=self._figures, random=self._random)
         control.examiner = Examiner(
             *(ledger, self._hot, settings.tenant), lag=drain.lag, loops=worker.health, patrol=control.patrol
         )
-        self._admin = AdminServer(LedgerAdmin(self._control), settings.addresses, reflected=settings.reflection)
+        self._admin = AdminServer(LedgerAdmin(control), settings.addresses, reflected=settings.reflection)
         await self._admin.start()
         self._soundings = Soundings(ledger, self._hot, self._figures)
         work = (worker.run(), self._watch_health(self._admin, worker), self._soundings.run())
@@ -124,7 +131,7 @@ class Process:
         """Calls in flight and batches in hand are finished, within bounds. May be called twice, and before a start."""
         self._ending = True
         if self._admin:
-            await self._admin.stop(self._settings.stop_ms / 1000)
+            await self._admin.stop(self.reloader.settings.stop_ms / 1000)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -143,6 +150,14 @@ class Process:
         loops = {f"loop/{name}": Component(one.well, _why(one)) for name, one in self._worker.health.items()}
         return {"serving": Component(True), **self._soundings.components, **loops}
 
+    def _apply(self, settings: Settings) -> None:
+        patrol = self._control.patrol if self._control else None
+        logs.set_level(settings.log_level)
+        if self._drain:
+            self._drain.tune(settings.batch, settings.linger_ms)
+        if patrol:
+            patrol.round_s = settings.patrol_s
+
     async def _beat(self) -> None:
         while True:
             self._pulse.beat()
@@ -151,7 +166,7 @@ class Process:
     def _committed(self, outcome: Outcome) -> None:
         if outcome.events:
             self._outbox.wake()
-        if outcome.changes:
+        if outcome.changes and self._control:
             self._control.pusher.wake()
 
     async def _watch_health(self, admin: AdminServer, worker: Worker) -> None:

@@ -19,6 +19,7 @@ from entitlement.redaction import Redactor, of_collector, of_url
 from ledger_sync.announcements import TYPES
 
 PREFIX: Final = "ENTITLEMENT_SYNC_"
+RELOADED: Final = ("batch", "linger_ms", "patrol_s", "stop_ms", "log_level")
 _SECRET: Final = ("redis_url", "database_url", "publisher", "webhook_url")  # may hold a password
 _HIDDEN: Final = ("webhook_secret",)
 _LOOPBACK: Final = ("127.0.0.1", "localhost", "[::1]")

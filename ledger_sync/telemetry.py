@@ -82,6 +82,11 @@ class Figures:
         self.webhooks_pending = Gauge(
             "entitlement_sync_webhooks_pending", "Webhook deliveries that wait.", registry=registry
         )
+        self.reload_failed = Gauge(
+            "entitlement_sync_config_reload_failed",
+            "1: the settings were read again and are not sound; the ones before them hold.",
+            registry=registry,
+        )
         self.lanes = Gauge("entitlement_sync_lanes", "Lanes of the journal that are served here.", registry=registry)
         self.healthy = Gauge(
             "entitlement_sync_loop_healthy", "1: the loop runs, or waits for its turn.", ("loop",), registry=registry

@@ -46,7 +46,7 @@ class Attributes:
 class AuthorizationService:
     def __init__(self, desk: Desk, table: Table) -> None:
         self._desk = desk
-        self._table = table
+        self.table = table
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         asked, answered = external_auth_pb2.CheckRequest.FromString, external_auth_pb2.CheckResponse.SerializeToString
@@ -57,7 +57,7 @@ class AuthorizationService:
     ) -> external_auth_pb2.CheckResponse:
         """OK, or denied with an HTTP status. An error status only for what nobody has foreseen."""
         http, facts = request.attributes.request.http, Attributes(request.attributes)
-        found = asking.of_request(self._table, http.method, http.path, http.host, facts)
+        found = asking.of_request(self.table, http.method, http.path, http.host, facts)
         answer = await self._desk.answer(found)
         return _passed(answer) if answer.passes else _denied(answer)
 

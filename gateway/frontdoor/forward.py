@@ -60,8 +60,8 @@ class ForwardDoor:
 
     def __init__(self, desk: Desk, table: Table, forward: Forward) -> None:
         self._desk = desk
-        self._table = table
-        self._forward = forward
+        self.table = table
+        self.forward = forward
 
     async def serve(self, scope: Event, receive: Receive, send: Send) -> None:
         """One call. Never raises but for cancellation from outside."""
@@ -78,17 +78,17 @@ class ForwardDoor:
         return _Before(self, other)
 
     def _found(self, facts: RequestHeaders) -> asking.Found:
-        named = (self._forward.uri, self._forward.method, self._forward.host)
+        named = (self.forward.uri, self.forward.method, self.forward.host)
         for name in filter(None, named):
             if not facts.header(name):
                 return Refused(403, "MISSING", f"header {name} is missing, in which the proxy tells of the request")
             if name in facts.twice:
                 return Refused(400, "AMBIGUOUS_PATH", f"header {name} is there twice: the proxy has to replace it")
         uri, method, host = (facts.header(name) if name else "" for name in named)
-        return asking.of_request(self._table, method, uri, host, facts)
+        return asking.of_request(self.table, method, uri, host, facts)
 
     def _status(self, answer: Answer) -> int:
-        return answer.status if answer.passes else self._forward.denied_status or answer.status
+        return answer.status if answer.passes else self.forward.denied_status or answer.status
 
 
 class Gate(Protocol):

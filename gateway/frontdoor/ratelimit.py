@@ -61,7 +61,7 @@ class _Group(msgspec.Struct, frozen=True):
 class RateLimitService:
     def __init__(self, desk: Desk, table: Table, clock: Callable[[], int]) -> None:
         self._desk = desk
-        self._table = table
+        self.table = table
         self._clock = clock
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
@@ -102,8 +102,8 @@ class RateLimitService:
     def _found(self, request: rls_pb2.RateLimitRequest, descriptor: ratelimit_pb2.RateLimitDescriptor) -> asking.Found:
         entries = {entry.key: entry.value for entry in descriptor.entries}
         hits = descriptor.hits_addend.value if descriptor.HasField("hits_addend") else request.hits_addend or 1
-        rule = self._table.descriptor(request.domain, entries)
-        return asking.of_rule(rule, Descriptor(entries, hits), self._table, f"{request.domain} {sorted(entries)}"[:80])
+        rule = self.table.descriptor(request.domain, entries)
+        return asking.of_rule(rule, Descriptor(entries, hits), self.table, f"{request.domain} {sorted(entries)}"[:80])
 
     def _status(self, code: _Code, found: asking.Found, answer: Answer | None) -> _Status:
         """With the quota that the descriptor's feature is held to."""

@@ -43,7 +43,7 @@ class Control:
         self._tenant = tenant
         self._swap = swap
         self._denials = denials
-        self._load_timeout = load_timeout_ms / 1000
+        self.load_timeout_ms = load_timeout_ms
         self._generation: bytes | None = None
         self._refreshing = asyncio.Lock()
         self._waiting: dict[tuple[str, str], asyncio.Event] = {}
@@ -93,7 +93,7 @@ class Control:
     async def _fly(self, account: tuple[str, str]) -> None:
         arrived = self._waiting.setdefault(account, asyncio.Event())
         try:
-            async with asyncio.timeout(self._load_timeout):
+            async with asyncio.timeout(self.load_timeout_ms / 1000):
                 while True:
                     await self._store.ask_install(*account)
                     try:
@@ -107,7 +107,7 @@ class Control:
                             return
         except TimeoutError:
             raise Unavailable(
-                f"customer {account[1]!r} is not loaded and did not come within {self._load_timeout * 1000:.0f} ms; "
+                f"customer {account[1]!r} is not loaded and did not come within {self.load_timeout_ms} ms; "
                 "retry with the same key"
             ) from None
         finally:

