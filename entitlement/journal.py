@@ -137,7 +137,8 @@ def decode(data: bytes) -> Record:
         codec, kind, epoch, sequence, version, recorded = _HEADER.unpack_from(data)
         if codec != CODEC:
             raise CorruptRecord(f"{UNKNOWN_CODEC} {codec} is unknown; this reader knows {CODEC}")
-        reader = _DECODERS[kind]
+        if (reader := _DECODERS.get(kind)) is None:
+            raise CorruptRecord(f"{UNKNOWN_CODEC} {codec} has no kind {kind} that this reader knows")
         who, at = _text(data, _HEADER.size)
         crossings, at = _text(data, at)
         tenant, customer = who.split(" ")
@@ -299,6 +300,7 @@ def _ended(header: _Head, _: tuple[Crossing, ...], data: bytes, at: int) -> Ende
     )
 
 
+KINDS = (CONSUMED, ROLLED, ADJUSTED, HELD, SETTLED, ENDED)
 _DECODERS: dict[int, Callable[[_Head, tuple[Crossing, ...], bytes, int], Record]] = {
     CONSUMED: _consumed,
     ROLLED: _rolled,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from entitlement.journal import UNKNOWN_CODEC, Adjusted, Consumed, Ended, Held, Record, Rolled
+from entitlement.journal import CODEC, KINDS, UNKNOWN_CODEC, Adjusted, Consumed, Ended, Held, Record, Rolled
 from ledger_sync import hot_deltas, quarantine, verify_reads
 from ledger_sync.books import Who
 from ledger_sync.hold_books import moved
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 _UNRESOLVED: Final = "SELECT id FROM quarantine WHERE resolved_at IS NULL ORDER BY id"
 
-_OF_CODEC: Final = """
+_READABLE: Final = """
 SELECT id FROM quarantine
-WHERE resolved_at IS NULL AND starts_with(reason, $1) AND get_byte(record, 0) = $2 ORDER BY id LIMIT $3"""
+WHERE resolved_at IS NULL AND starts_with(reason, $1) AND get_byte(record, 0) = $2
+      AND get_byte(record, 1) = ANY($3::integer[]) ORDER BY id LIMIT $4"""
 
 _KEPT: Final = """
 SELECT id, stream, entry_id, reason, record, created_at FROM quarantine
@@ -85,9 +86,9 @@ async def unresolved(connection: Connection) -> list[int]:
     return [row["id"] for row in await connection.fetch(_UNRESOLVED)]
 
 
-async def of_codec(connection: Connection, codec: int, most: int) -> list[int]:
-    """Those that were kept because their codec was not known, and have this one."""
-    rows = await connection.fetch(_OF_CODEC, f"{Reason.UNDECODABLE}: {UNKNOWN_CODEC}", codec, most)
+async def readable(connection: Connection, most: int) -> list[int]:
+    """Those that were kept because their codec or kind was not known, and that this program knows."""
+    rows = await connection.fetch(_READABLE, f"{Reason.UNDECODABLE}: {UNKNOWN_CODEC}", CODEC, list(KINDS), most)
     return [row["id"] for row in rows]
 
 

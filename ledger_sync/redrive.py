@@ -14,7 +14,7 @@ import msgspec
 import structlog
 
 from entitlement.errors import CorruptRecord, EntitlementError, InvalidArgument, Unavailable
-from entitlement.journal import CODEC, Consumed, Record, decode
+from entitlement.journal import Consumed, Record, decode
 from entitlement.v1 import ledger_pb2 as pb
 from ledger_sync import changes, hot_deltas, passed_over, quarantine
 from ledger_sync.bookkeeping import Bookkeeper
@@ -74,11 +74,11 @@ class Redriver:
         return response
 
     async def retry_readable(self) -> int:
-        """Books, as `retry` does, what an older program kept because it did not know the codec, and this one does. How
-        many it tried.
+        """Books, as `retry` does, what an older program kept because it did not know the codec or the kind, and this
+        one does. How many it tried.
         """
         async with self._ledger.transaction(readonly=True) as connection:
-            ids = await passed_over.of_codec(connection, CODEC, CHUNK)
+            ids = await passed_over.readable(connection, CHUNK)
             ours = [item.id for item in self._ours(await passed_over.kept(connection, ids))]
         if ours:
             done = await self.retry(pb.QuarantineRequest(ids=ours), "upgrade")

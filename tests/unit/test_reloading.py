@@ -6,14 +6,18 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import structlog
 
 from entitlement import logs
 from entitlement.environment import merged
+from entitlement.errors import InvalidArgument
 from gateway import settings as gateway_settings
+from gateway.frontdoor.doors import FrontDoors
 from gateway.telemetry import configure
 from ledger_sync import settings as sync_settings
 from ledger_sync.telemetry import configure_logs
@@ -40,6 +44,28 @@ def test_what_may_change_is_taken_and_the_rest_is_named() -> None:
 @pytest.mark.parametrize("settings", [gateway_settings, sync_settings], ids=["gateway", "sync"])
 def test_what_may_change_are_settings(settings: ModuleType) -> None:
     assert set(settings.RELOADED) <= set(settings.Settings.__struct_fields__)
+
+
+def test_front_doors_take_another_mapping_and_refuse_one_that_opens_other_doors(tmp_path: Path) -> None:
+    file = tmp_path / "mapping.yaml"
+    file.write_text(_mapping("tokens"))
+    nobody: Any = None
+    doors = FrontDoors(str(file), nobody, nobody, nobody, "acme")
+    assert doors._authorization is not None
+    before = doors._authorization.table
+    for bad, why in ((_mapping("a b"), "feature"), (_mapping("calls", "descriptors"), "other doors")):
+        file.write_text(bad)
+        with pytest.raises(InvalidArgument, match=why):
+            doors.reload()
+        assert doors._authorization.table is before
+    file.write_text(_mapping("calls"))
+    doors.reload()
+    assert doors._authorization.table is not before
+
+
+def _mapping(feature: str, doors: str = "requests") -> str:
+    customer = "{header: x-customer}" if doors == "requests" else "{descriptor: customer}"
+    return f"{doors}: {{rules: [{{customer: {customer}, feature: {feature!r}}}]}}"
 
 
 @pytest.mark.usefixtures("restored")
