@@ -60,7 +60,7 @@ class GrpcioTransport:
         what arrives before the peer has read it. So each connection is ended as soon as nothing is in flight on it, and
         grpcio is stopped when nobody can be told anything any more.
         """
-        self._guarded.gate.close()
+        self._guarded.in_flight.close()
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 await self._end_idle()
@@ -70,9 +70,9 @@ class GrpcioTransport:
 
     async def _end_idle(self) -> None:
         """Returns when nothing is in flight."""
-        while busy := self._guarded.gate.peers():
+        while busy := self._guarded.in_flight.peers():
             lines.end(self.addresses, busy)
-            await self._guarded.gate.left()
+            await self._guarded.in_flight.left()
 
     def _bind(self, address: str) -> str:
         if address.startswith("unix:"):

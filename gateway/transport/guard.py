@@ -17,7 +17,7 @@ import structlog
 from entitlement.access import Credentials
 from gateway.transport.asgi_stream import NOT_IMPLEMENTED, Handler, decoded
 from gateway.transport.frames import BadFrame, unpack
-from gateway.transport.gate import Gate
+from gateway.transport.inflight import InFlight
 
 MAKERS: dict[tuple[bool, bool], Callable[..., Handler]] = {  # by request and response streaming
     (False, False): grpc.unary_unary_rpc_method_handler,
@@ -37,7 +37,7 @@ class GuardedServer:
 
     def __init__(self, server: grpc.aio.Server, max_message_bytes: int) -> None:
         self.failures = 0
-        self.gate = Gate()
+        self.in_flight = InFlight()
         self._server = server
         self._limit = max_message_bytes
 
@@ -72,11 +72,11 @@ class GuardedServer:
             return await behavior(request if streaming else decode(request), context)
 
         async def answer(request: Any, context: _Context) -> Any:
-            await self.gate.enter(context)
+            await self.in_flight.enter(context)
             return await self._guarded(context, run(request, context))
 
         async def answers(request: Any, context: _Context) -> AsyncIterator[Any]:
-            await self.gate.enter(context)
+            await self.in_flight.enter(context)
             async with aclosing(await self._guarded(context, begin(request, context))) as found:
                 while (message := await self._guarded(context, anext(found, _END))) is not _END:
                     yield message

@@ -13,8 +13,8 @@ STOPPING = "the gateway is being stopped: try the same call elsewhere"
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class Gate:
-    """Open until `close`. A call is in flight until its status has left this process, or its peer has gone."""
+class InFlight:
+    """Calls are taken until `close`. One is in flight until its status has left this process, or its peer has gone."""
 
     def __init__(self) -> None:
         self.closed = False
@@ -22,7 +22,7 @@ class Gate:
         self._left = asyncio.Event()
 
     async def enter(self, context: Context) -> None:
-        """The call that the current task serves is in flight; once the gate is closed it is UNAVAILABLE instead."""
+        """The call that the current task serves is in flight. Once nothing is taken any more it is UNAVAILABLE."""
         if self.closed:
             await context.abort(grpc.StatusCode.UNAVAILABLE, STOPPING)
         task = asyncio.current_task()
