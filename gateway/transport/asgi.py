@@ -64,6 +64,11 @@ class GrpcApp:
     def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
         self._generic += handlers
 
+    @property
+    def full(self) -> str:
+        """Why no call is taken now; empty: it is."""
+        return f"{self._max_calls} calls are open, the limit" if self.in_flight >= self._max_calls else ""
+
     @staticmethod
     def credentials(context: Context) -> Credentials:
         """What came with a call."""
@@ -90,7 +95,7 @@ class GrpcApp:
         context = Context(scope, receive, send)
         handler = self._methods.get(path) or self.find(path, headers)
         if self.in_flight >= self._max_calls:
-            context.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._max_calls} calls are open, the limit")
+            context.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, self.full)
         elif handler is None:
             context.fail(grpc.StatusCode.UNIMPLEMENTED, f"method {path[:200]} is not known here")
         elif encoding not in (None, b"identity", b"gzip"):

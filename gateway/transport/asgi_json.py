@@ -56,9 +56,10 @@ class JsonApp:
     async def serve(self, scope: Event, receive: Receive, send: Send) -> None:
         """One call. Never raises but for cancellation from outside."""
         context = Context(scope, receive, send)
+        full = _Refused("RESOURCE_EXHAUSTED", self._grpc.full) if self._grpc.full else None
         self._grpc.in_flight += 1
         try:
-            await _send(context, *await self._told(scope, context))
+            await _send(context, *(_refusal(full) if full else await self._told(scope, context)))
         except PeerGone:
             pass  # Nobody is left to be told anything.
         finally:
@@ -70,7 +71,7 @@ class JsonApp:
         try:
             message = await self._answer(scope, context)
         except _Refused as refused:
-            return refused.status, orjson.dumps({"code": refused.name.lower(), "message": refused.message})
+            return _refusal(refused)
         text = json_format.MessageToJson(message, always_print_fields_with_no_presence=False, indent=None)
         return HTTPStatus.OK, text.encode()
 
@@ -122,6 +123,10 @@ class JsonApp:
         if context.status:
             raise _Refused(_NAMES[context.status], context.message)
         return response
+
+
+def _refusal(refused: _Refused) -> tuple[int, bytes]:
+    return refused.status, orjson.dumps({"code": refused.name.lower(), "message": refused.message})
 
 
 def _method(path: str) -> Any:
