@@ -5,7 +5,9 @@ A customer belongs to partition crc32(tenant NUL customer) mod P; P is fixed whe
 
 from __future__ import annotations
 
+import binascii
 import zlib
+from collections.abc import Sequence
 
 PARTITIONS = 64
 CATALOG = "ent:catalog"  # the encoded snapshot
@@ -14,12 +16,25 @@ LOADED_CHANNEL = "ent:loaded"  # "<tenant> <customer>" when an account was insta
 DENIED = "ent:denied"  # set: "<tenant> <customer>" of those whose calls were denied for want of credit
 OPEN = "ent:open"  # the ledger's word for this hot store (see entitlement.opening)
 SETTLED = "ent:settled"  # hash: partition -> "opening id", up to which the ledger has all of its journal
+SLOTS = 16_384  # of a cluster
 GROUP = "ledger"  # the consumer group on every journal stream
 
 
 def partition_of(tenant: str, customer: str, partitions: int = PARTITIONS) -> int:
     """The partition that owns a customer's keys, for ever."""
     return zlib.crc32(f"{tenant}\0{customer}".encode()) % partitions
+
+
+def slot_of(key: bytes) -> int:
+    """The slot of a cluster that a key lies in: of what stands between its first braces, if anything does."""
+    start = key.find(b"{")
+    end = key.find(b"}", start + 1) if start >= 0 else -1
+    return binascii.crc_hqx(key[start + 1 : end] if end > start + 1 else key, 0) % SLOTS
+
+
+def openings(partitions: int) -> Sequence[str]:
+    """Strings: where a cluster holds the ledger's word for it."""
+    return [OPEN, *[f"{OPEN}:{{{partition}}}" for partition in range(partitions)]]
 
 
 def account(partition: int, tenant: str, customer: str) -> str:

@@ -4,12 +4,17 @@ ledger_sync opens a hot store: once the journal that is found there is settled, 
 ledger, it writes the key ent:open, 'number run_id/replid deployment'. A gateway decides nothing on a hot store whose
 own run_id and replid are others, and keeps with every receipt the number that it was decided under. The number counts
 up with each hot store that is another one than before, or has been emptied.
+
+A cluster is one hot store. Who it is, all its primaries say together: where one of them is another than before, the
+cluster is another one. Its word stands beside ent:open under a key of each partition (keys.openings), so that a part of
+it that is emptied, or lost, is noticed, too; it counts where all of them say the same.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -64,6 +69,29 @@ class Opening(msgspec.Struct, frozen=True):
             return cls(int(number), Identity(run_id, replid), deployment)
         except ValueError:
             raise CorruptRecord(f"ent:open holds {text[:60]!r}") from None
+
+
+def agreed(found: Sequence[object]) -> Opening | None:
+    """The word that all keys of keys.openings hold. None: one of them is missing, or says something else."""
+    first = found[0] if found else None
+    return Opening.parse(first) if isinstance(first, bytes) and all(one == first for one in found) else None
+
+
+def joint(servers: Sequence[Server]) -> Server:
+    """Primaries of one cluster as one server; one alone is itself. In whichever order they are told."""
+    if len(servers) == 1:
+        return servers[0]
+    if not servers:
+        raise Unavailable("hot store: the cluster has no primaries")
+    ordered = sorted(servers, key=lambda server: server.identity.run_id)
+    identity = Identity(
+        _digest([server.identity.run_id for server in ordered]), _digest([server.identity.replid for server in ordered])
+    )
+    return Server(identity, all(server.primary for server in servers), any(server.promoted for server in servers))
+
+
+def _digest(names: Sequence[str]) -> str:
+    return hashlib.sha256(" ".join(names).encode()).hexdigest()[:40]
 
 
 def read_info(text: str) -> Server:

@@ -28,11 +28,12 @@ from entitlement.decision import (
 from entitlement.errors import CorruptRecord, Unavailable
 from entitlement.holding import Kept, NoHold, Settle, parse_reserved, parse_settled
 from entitlement.lua import script
-from entitlement.opening import Opening, Server, read_info
+from entitlement.opening import Opening
 from entitlement.receipt import Granted, HoldReceipt, hold_replay, parse, replay_arguments, replay_keys
 from gateway.receipts import Receipts
 from gateway.receipts.folder import Segment
-from gateway.store.connection import Connection, Reply, StoreError, pack
+from gateway.store.connection import Reply, StoreError, pack
+from gateway.store.link import Link, look
 
 LOOK_S: Final = 0.02  # between two looks at what is waited for
 VOUCHED_S: Final = 2.0  # how long one connection waits for the ledger's word
@@ -40,7 +41,10 @@ LOADED_S: Final = 10.0  # how long receipts wait for their accounts, all togethe
 ASK_S: Final = 0.25
 CHUNK: Final = 256  # receipts replayed in one exchange
 
-_PASSING: Final = frozenset(("LOADING", "OOM", "READONLY", "MISCONF", "NOSCRIPT", "BUSY", "CLUSTERDOWN", "NOREPLICAS"))
+_PASSING: Final = frozenset(
+    ("LOADING", "OOM", "READONLY", "MISCONF", "NOSCRIPT", "BUSY", "NOREPLICAS", "CLUSTERDOWN")
+    + ("MOVED", "ASK", "TRYAGAIN")  # A slot of the cluster is on its way: the link is made anew.
+)
 _log = structlog.get_logger(__name__)
 
 
@@ -82,13 +86,13 @@ class Fence:
         self._partitions = partitions
         self._replay_sha, self._consume_sha = _sha("replay"), _sha("consume")
 
-    async def cross(self, connection: Connection) -> Opening:
+    async def cross(self, connection: Link) -> Opening:
         """Returns when decisions may be taken over this connection. Raises Unavailable when they may not, yet."""
         opening = await self._vouched(connection)
         await self.catch_up(connection, opening)
         return opening
 
-    async def catch_up(self, connection: Connection, opening: Opening) -> None:
+    async def catch_up(self, connection: Link, opening: Opening) -> None:
         """Replays what the hot store may not know of under this opening. Decisions may be taken meanwhile; what another
         hot store has lost comes before them all the same, or a balance would be spent twice. Raises Unavailable.
         """
@@ -96,22 +100,21 @@ class Fence:
         if owed:
             await self._replay(connection, owed, opening)
 
-    async def _vouched(self, connection: Connection) -> Opening:
+    async def _vouched(self, connection: Link) -> Opening:
         deadline = asyncio.get_running_loop().time() + VOUCHED_S
         while True:
-            server = await identify(connection)
+            opening, server, _ = await look(connection, self._partitions)
             if not server.primary:
                 raise Unavailable("hot store: it is a replica")
-            opening = await current(connection)
             if opening is not None and opening.is_of(server):
                 return opening
             if asyncio.get_running_loop().time() > deadline:
                 raise Unavailable("hot store: ledger_sync has not opened it; nothing is decided on it until then")
             await asyncio.sleep(LOOK_S)
 
-    async def _replay(self, connection: Connection, owed: Sequence[Segment], opening: Opening) -> None:
-        for name in ("replay", "consume", "reserve", "settle", "close"):
-            await connection.call(pack("SCRIPT", "LOAD", script(name)))
+    async def _replay(self, connection: Link, owed: Sequence[Segment], opening: Opening) -> None:
+        scripts = ("replay", "consume", "reserve", "settle", "close")
+        await connection.everywhere([pack("SCRIPT", "LOAD", script(name)) for name in scripts])
         before = self._receipts.replayed
         whole = []
         deadline = asyncio.get_running_loop().time() + LOADED_S
@@ -129,7 +132,7 @@ class Fence:
             put_off=len(owed) - len(whole),
         )
 
-    async def _replay_segment(self, connection: Connection, segment: Segment, deadline: float) -> bool:
+    async def _replay_segment(self, connection: Link, segment: Segment, deadline: float) -> bool:
         """Whether it is not needed any more: the hot store knows all of it, or people have a copy of what cannot be
         replayed. What belongs to accounts that do not come in time is left for later: it does not hold up all others.
         """
@@ -153,7 +156,7 @@ class Fence:
         kept = not state.refused or self._receipts.keep_copy(segment)
         return kept and not state.again and not state.stuck
 
-    async def _send(self, connection: Connection, calls: Sequence[_Call], state: _Pass) -> None:
+    async def _send(self, connection: Link, calls: Sequence[_Call], state: _Pass) -> None:
         waiting = {call.name for call in state.again}  # What they do next waits with them.
         state.again += [call for call in calls if call.name in waiting]
         calls = [call for call in calls if call.name not in waiting]
@@ -246,7 +249,7 @@ class Fence:
         arguments = consume_arguments(request, charge, self._limits)
         return _Call(name, pack("EVALSHA", self._consume_sha, 3, *names, *arguments), granted)
 
-    async def _ask(self, connection: Connection, names: set[tuple[str, str]]) -> None:
+    async def _ask(self, connection: Link, names: set[tuple[str, str]]) -> None:
         """Asks for accounts that are not there, as any call does that misses one."""
         lists = {name: keys.install_requests(keys.partition_of(*name, self._partitions)) for name in names}
         await connection.call_many([pack("RPUSH", where, " ".join(name)) for name, where in lists.items()])
@@ -254,18 +257,3 @@ class Fence:
 
 def _sha(name: str) -> str:
     return hashlib.sha1(script(name).encode()).hexdigest()  # noqa: S324 - Redis names scripts by SHA-1
-
-
-async def identify(connection: Connection) -> Server:
-    """Raises Unavailable."""
-    try:
-        sections = [await connection.call(pack("INFO", section)) for section in ("server", "replication")]
-    except StoreError as error:
-        raise Unavailable(f"hot store: {error}") from None
-    return read_info("\n".join(part.decode() for part in sections if isinstance(part, bytes)))
-
-
-async def current(connection: Connection) -> Opening | None:
-    """The ledger's word that this hot store holds, for itself or for one that it was copied from."""
-    found = await connection.call(pack("GET", keys.OPEN))
-    return Opening.parse(found) if isinstance(found, bytes) else None

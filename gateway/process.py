@@ -23,7 +23,6 @@ from gateway.figures import Parts
 from gateway.receipts import Receipts, tend
 from gateway.reloading import Reloader
 from gateway.settings import Settings
-from gateway.store.connection import Endpoint
 from gateway.store.control import Control
 from gateway.store.hold_store import HoldStore
 from gateway.store.redis_store import RedisStore
@@ -49,7 +48,7 @@ class Core:
         self._catalog = Catalog(durability=settings.unless_said)
         self.receipts = Receipts(settings.receipts_base, max_bytes=settings.receipts_max_mib << 20)
         self._store = RedisStore(
-            Endpoint.parse(settings.redis_url),
+            settings.redis,
             limits=limits,
             partitions=settings.partitions,
             timeout_ms=settings.redis_timeout_ms,
@@ -60,7 +59,7 @@ class Core:
         self._draining = False
         denials = Denials()
         self._control = Control(
-            settings.redis_url,
+            settings.redis,
             self._store,
             tenant=settings.tenant,
             swap=self._swap,

@@ -16,11 +16,12 @@ from entitlement.extras import need
 from entitlement.identity import check_id
 from entitlement.quantity import parse_integer, within
 from entitlement.redaction import Redactor, of_collector, of_url
+from entitlement.redis_address import Endpoint, Files
 from gateway.frontdoor import mapping
-from gateway.store.connection import Endpoint
 
 PREFIX = "ENTITLEMENT_GATEWAY_"
 RELOADED = ("load_timeout_ms", "receipts_max_mib", "max_in_flight", "announce_ms", "drain_ms", "log_level")
+REDIS_CHECKS = ("refuse", "warn", "off")
 DURABILITIES = {
     "redis": Durability.REDIS,
     "receipt": Durability.RECEIPT,
@@ -32,6 +33,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Each field is ENTITLEMENT_GATEWAY_<FIELD> in the environment and <field> in the file; the environment wins."""
 
     redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_password_file: str = ""  # holds the password in place of the URL; read for every new connection
+    redis_ca: str = ""  # PEM: whom the server's certificate is checked by; empty: whom this machine trusts
+    redis_cert: str = ""  # PEM: shown to a server that asks who we are
+    redis_key: str = ""
+    redis_checks: str = "refuse"  # warn, off: what becomes of a start on a Redis that loses data or is unsafe
     listen: str = "127.0.0.1:8080"  # comma-separated: host:port (port 0: a free one) or unix:/path
     tenant: str = "default"
     partitions: int = 64  # fixed when a deployment is created, 1..1024
@@ -65,9 +71,16 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"Settings(redis_url='***@{_location(self.redis_url)}', {rest})"
 
     @property
+    def redis(self) -> Endpoint:
+        """Raises InvalidArgument."""
+        files = Files(self.redis_ca, self.redis_cert, self.redis_key, self.redis_password_file)
+        return Endpoint.parse(self.redis_url, files=files)
+
+    @property
     def redactor(self) -> Redactor:
         """Takes what is secret here out of any text."""
-        return Redactor([*of_url(self.redis_url), *of_collector(os.environ)])
+        secrets = (*of_url(self.redis_url), *self.redis.secrets, _content(self.redis_password_file))
+        return Redactor([*secrets, *of_collector(os.environ)])
 
     @property
     def receipts_base(self) -> Path:
@@ -115,7 +128,9 @@ def load(environment: Mapping[str, str] | None = None) -> Settings:
 
 
 def _checked(settings: Settings) -> Settings:
-    Endpoint.parse(settings.redis_url)
+    settings.redis.check_reach(insecure=settings.insecure)
+    if settings.redis_checks not in REDIS_CHECKS:
+        raise InvalidArgument("redis_checks", f"{settings.redis_checks!r} is not one of {', '.join(REDIS_CHECKS)}")
     check_id("tenant", settings.tenant)
     within("partitions", settings.partitions, 1, 1_024)
     within("redis_timeout_ms", settings.redis_timeout_ms, 1, 60_000)
@@ -171,6 +186,14 @@ def _check_address(address: str, *, safe: bool) -> None:
             f"{address!r} would serve plaintext beyond this machine; "
             "set tls_cert and tls_key, use a loopback or unix:/ address, or say insecure = true",
         )
+
+
+def _content(file: str) -> str:
+    """Of a file that may not be there: whoever needs it says so."""
+    try:
+        return Path(file).read_text().strip() if file else ""
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _split(field: str, address: str, other: str = "") -> str:

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import hiredis
 
-from gateway.store.connection import Endpoint
+from entitlement.redis_address import Endpoint
 
 Command = list[bytes]
 Answer = Callable[[Command], bytes | None]

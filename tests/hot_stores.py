@@ -21,9 +21,9 @@ from entitlement.journal import Consumed, Record, decode
 from entitlement.lua import script
 from entitlement.periods import Recurrence
 from entitlement.quantity import MAX_QUANTITY
+from entitlement.redis_address import Endpoint
 from entitlement.request import parse_consume
 from entitlement.v1 import gateway_pb2 as pb
-from gateway.store.connection import Endpoint
 from gateway.store.memory import MemoryStore
 from gateway.store.protocol import HotStore
 from gateway.store.redis_store import RedisStore

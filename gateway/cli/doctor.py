@@ -18,13 +18,13 @@ import msgspec
 from entitlement import hot_store_health
 from entitlement.errors import InvalidArgument
 from entitlement.examination import Check, Outcome, fail, ok, warn, worst
+from entitlement.redis_address import Endpoint
 from entitlement.v1.ledger_pb2 import Examination
 from gateway import settings as gateway_settings
 from gateway.cli import probes, show
 from gateway.cli.options import FOLDER, admin_option, gateway_option, redis_option
 from gateway.cli.stack import module_argv, module_env
 from gateway.receipts import examine as receipts
-from gateway.store.connection import Endpoint
 from gateway.store.examine import Examined, examine
 
 SETTINGS: Final = "settings"

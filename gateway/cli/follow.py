@@ -11,12 +11,12 @@ from typing import Final
 import click
 
 from entitlement.errors import EntitlementError, InvalidArgument, Unavailable
+from entitlement.redis_address import Endpoint
 from gateway import settings
 from gateway.cli import options
 from gateway.cli.calls import CallFailed, Problem
 from gateway.cli.decisions import Told, tell
 from gateway.cli.processes import interruptible
-from gateway.store.connection import Endpoint
 from gateway.store.journal_tail import JournalTail
 
 WAIT_MS: Final = 500  # how long one read waits: the screen is drawn as often

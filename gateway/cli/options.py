@@ -10,9 +10,9 @@ import click
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from entitlement.errors import InvalidArgument
+from entitlement.redis_address import Endpoint
 from gateway.cli.calls import ADMIN, GATEWAY
 from gateway.cli.security import secured
-from gateway.store.connection import Endpoint
 
 Command = TypeVar("Command", bound=Callable[..., object])
 

@@ -10,19 +10,21 @@ import asyncio
 import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, cast
-from urllib.parse import unquote, urlsplit
+from typing import Any, TypeVar, cast
 
 import hiredis
-import msgspec
 
-from entitlement.errors import InvalidArgument, Unavailable
+from entitlement import keys
+from entitlement.errors import Unavailable
 from entitlement.receipt import is_due
+from entitlement.redis_address import Endpoint
+from gateway.store.credentials import blame, password_of, tls_context
 
 Reply = bytes | int | list["Reply"] | None
 Argument = str | bytes | int
 _Future = asyncio.Future[Any]
 _Slot = tuple[_Future, int, Any]  # how many answers make its list, 0: one answer; drafts of receipts: bytes, or a list
+_Connection = TypeVar("_Connection", bound="Connection")
 Sink = Callable[[list[bytes], list[tuple[_Future, object]]], None]
 SILENCE_TIMEOUTS = 10
 
@@ -36,55 +38,13 @@ class StoreError(Exception):
     """Redis answered a command with an error, such as 'NOSCRIPT ...'."""
 
 
-class Endpoint(msgspec.Struct, frozen=True):
-    """Where Redis is. The password is kept out of every text made of this value."""
-
-    host: str = ""
-    port: int = 6379
-    path: str = ""  # of a Unix socket; then host and port do not count
-    username: str = ""
-    password: str = ""
-    database: int = 0
-    tls: bool = False
-
-    @classmethod
-    def parse(cls, url: str, field: str = "redis_url") -> Endpoint:
-        """redis://[user:password@]host[:port][/db], rediss:// (TLS) or unix:///path."""
-        try:
-            parts = urlsplit(url)
-            port = parts.port or 6379
-        except ValueError:  # Its text may hold what was meant to be the password.
-            raise _no_endpoint(field) from None
-        username, password = unquote(parts.username or ""), unquote(parts.password or "")
-        if parts.scheme == "unix" and parts.path:
-            return cls(path=parts.path, username=username, password=password)
-        database = parts.path.lstrip("/") or "0"
-        if parts.scheme not in ("redis", "rediss") or not parts.hostname or not _is_number(database):
-            raise _no_endpoint(field)
-        tls, number = parts.scheme == "rediss", int(database)
-        return cls(parts.hostname, port, "", username, password, number, tls)
-
-    def __repr__(self) -> str:
-        return f"Endpoint({self})"
-
-    def __str__(self) -> str:
-        return f"unix://{self.path}" if self.path else f"{self.host}:{self.port}/{self.database}"
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
-
-
-def _no_endpoint(field: str) -> InvalidArgument:
-    return InvalidArgument(field, "expected redis://[user:password@]host[:port][/db], rediss://... or unix:///path")
-
-
 class Connection(asyncio.Protocol):
     """A live connection. `call` is the only way in; after `lost` every call raises Unavailable at once."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, timeout_ms: int, sink: Sink | None = None) -> None:
         self.lost: asyncio.Future[None] = loop.create_future()
         self._loop = loop
+        self.timeout_ms = timeout_ms
         self._timeout = timeout_ms / 1000
         self._reader = hiredis.Reader(replyError=StoreError, protocolError=Unavailable)
         self._sink = (
@@ -100,6 +60,7 @@ class Connection(asyncio.Protocol):
         self._heard = 0.0  # when the server last said something, or was first asked after a rest
         self._blocked = False
         self.round_trips = 0
+        self.endpoint = Endpoint()  # whom it leads to, once established
 
     def call(self, command: bytes, draft: bytes = b"") -> asyncio.Future[Reply]:
         """Sends a packed command with its neighbours of this loop turn; the future is its answer. With the draft of a
@@ -121,6 +82,25 @@ class Connection(asyncio.Protocol):
         future: asyncio.Future[list[Reply | StoreError]] = self._loop.create_future()
         self._queue(future, b"".join(commands), len(commands), drafts)
         return future
+
+    async def everywhere(self, commands: Sequence[bytes]) -> list[list[Reply | StoreError]]:
+        """The answers of each primary: of this one."""
+        return [await self.call_many(commands)]
+
+    async def redirect(self, error: StoreError, command: bytes, draft: bytes = b"") -> Reply:
+        """There is nobody else to ask. Raises Unavailable."""
+        raise Unavailable(f"hot store: {error}")
+
+    async def refresh(self) -> None:
+        """There is no map of other nodes."""
+
+    def home(self, command: bytes) -> Connection:
+        """Who answers a command."""
+        return self
+
+    def opening_keys(self, partitions: int) -> Sequence[str]:
+        """Where the ledger's word for this hot store stands."""
+        return (keys.OPEN,)
 
     def _queue(self, future: _Future, command: bytes, answers: int, drafts: bytes | Sequence[bytes]) -> None:
         if self._transport is None:
@@ -270,32 +250,44 @@ def _answered(future: _Future) -> bool:
 async def connect(
     endpoint: Endpoint, timeout_ms: int, context: ssl.SSLContext | None = None, sink: Sink | None = None
 ) -> Connection:
-    """A connection that is authenticated and on its database. Raises Unavailable; the text holds no secret."""
+    """A connection to one server that is authenticated and on its database. Raises Unavailable; the text holds no
+    secret. Certificates and the password's file are read now.
+    """
+    return await establish(Connection(asyncio.get_running_loop(), timeout_ms, sink), endpoint, context)
+
+
+async def establish(
+    connection: _Connection, endpoint: Endpoint, context: ssl.SSLContext | None = None, *, silent: bool = False
+) -> _Connection:
+    """The same for one that has been made and not connected. `silent`: it shows no password."""
     loop = asyncio.get_running_loop()
-    connection = Connection(loop, timeout_ms, sink)
+    connection.endpoint = endpoint
     try:
-        async with asyncio.timeout(timeout_ms / 1000 + 1):
+        password = "" if silent else password_of(endpoint)
+        async with asyncio.timeout(connection.timeout_ms / 1000 + 1):
             if endpoint.path:
                 await loop.create_unix_connection(lambda: connection, endpoint.path)
             else:
-                tls = (context or ssl.create_default_context()) if endpoint.tls else None
+                tls = (context or tls_context(endpoint.files)) if endpoint.tls else None
                 await loop.create_connection(lambda: connection, endpoint.host, endpoint.port, ssl=tls)
-            if endpoint.password:
-                await _authenticate(connection, endpoint)
+            if password:
+                await authenticate(connection, endpoint.username, password)
             if endpoint.database:
                 await connection.call(pack("SELECT", endpoint.database))
     except (OSError, StoreError, TimeoutError, Unavailable) as error:
         connection.close()
-        raise Unavailable(f"hot store at {endpoint}: {type(error).__name__}: {error}") from None
+        raise Unavailable(f"hot store at {endpoint}: {blame(error)}") from None
     except asyncio.CancelledError:
         connection.close()
         raise
     return connection
 
 
-async def _authenticate(connection: Connection, endpoint: Endpoint) -> None:
-    user = (endpoint.username,) if endpoint.username else ()
+async def authenticate(connection: Connection, username: str, password: str) -> None:
+    """Raises Unavailable."""
+    user = (username,) if username else ()
     try:
-        await connection.call(pack("AUTH", *user, endpoint.password))
+        await connection.call(pack("AUTH", *user, password))
     except StoreError as error:  # Its text may repeat what was sent.
-        raise Unavailable(f"AUTH was refused: {str(error).partition(' ')[0]}") from None
+        code = str(error).partition(" ")[0]
+        raise Unavailable(f"AUTH was refused: {code}; correct redis_url or redis_password_file") from None

@@ -1,4 +1,4 @@
-"""The gateway's second, quiet connection: the catalogue, news of installed accounts, and word of denials."""
+"""The gateway's second, quiet connections: the catalogue, news of installed accounts, and word of denials."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from collections.abc import Callable
 
 import msgspec
 import structlog
-from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from entitlement import keys
 from entitlement.catalog import Catalogs, Snapshot
 from entitlement.errors import Unavailable
+from entitlement.redis_address import Endpoint
 from gateway.denials import Denials
+from gateway.store.connection import Argument, Reply, StoreError, pack
+from gateway.store.link import Link, reach
+from gateway.store.news import PING_S, listen
 from gateway.store.protocol import HotStore
 
 CATALOG_POLL_S = 0.25  # a price change reaches running traffic within this and a round trip
 ASK_AGAIN_S = 0.25
 TELL_EVERY_S = 0.25  # denials are told no later
 BACKOFF_MOST_S = 1.0
-CANCEL_AGAIN_S = 0.05
+TIMEOUT_MS = 2_000
 _log = structlog.get_logger(__name__)
 
 
@@ -30,7 +32,7 @@ class Control:
 
     def __init__(
         self,
-        url: str,
+        endpoint: Endpoint,
         store: HotStore,
         *,
         tenant: str,
@@ -38,7 +40,9 @@ class Control:
         denials: Denials,
         load_timeout_ms: int = 1_000,
     ) -> None:
-        self._redis = Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0)
+        self._endpoint = endpoint
+        self._link: Link | None = None
+        self._reaching = asyncio.Lock()
         self._store = store
         self._tenant = tenant
         self._swap = swap
@@ -49,7 +53,6 @@ class Control:
         self._waiting: dict[tuple[str, str], asyncio.Event] = {}
         self._flights: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._stopped = False
         self.current = asyncio.Event()  # a catalogue has been read
 
     async def start(self) -> None:
@@ -58,21 +61,18 @@ class Control:
             self._tasks = [asyncio.create_task(loop) for loop in loops]
 
     async def stop(self) -> None:
-        # On Python 3.11 wait_for, which redis-py uses, may swallow a cancellation (cpython gh-86296): hence a flag.
-        self._stopped = True
         tasks, self._tasks = {*self._tasks, *self._flights.values()}, []
-        while tasks:  # Again until it is heard: on Python 3.11 asyncio.wait_for, which the client uses, may swallow it.
-            for task in tasks:
-                task.cancel()
-            ended, tasks = await asyncio.wait(tasks, timeout=CANCEL_AGAIN_S)
-            await asyncio.gather(*ended, return_exceptions=True)
-        await self._redis.aclose()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._link is not None:
+            self._link.close()
 
     async def refresh(self) -> None:
         async with self._refreshing:
             try:
                 await self._read_catalog()
-            except (RedisError, OSError, msgspec.DecodeError) as error:
+            except msgspec.DecodeError as error:
                 raise Unavailable(f"catalogue: {type(error).__name__}") from None
 
     async def load(self, tenant: str, customer: str) -> None:
@@ -114,7 +114,7 @@ class Control:
             self._waiting.pop(account, None)
 
     async def _watch_catalog(self) -> None:
-        while not self._stopped:
+        while True:
             try:
                 await self.refresh()
                 pause = CATALOG_POLL_S
@@ -124,10 +124,10 @@ class Control:
             await asyncio.sleep(pause)
 
     async def _read_catalog(self) -> None:
-        generation = await self._redis.get(keys.CATALOG_GENERATION)
+        generation = await self._ask("GET", keys.CATALOG_GENERATION)
         if not isinstance(generation, bytes) or generation == self._generation:
             return
-        data = await self._redis.get(keys.CATALOG)
+        data = await self._ask("GET", keys.CATALOG)
         if not isinstance(data, bytes):
             return
         mine = next((s for s in Catalogs.decode(data).tenants if s.tenant == self._tenant), Snapshot(self._tenant, 0))
@@ -135,28 +135,44 @@ class Control:
         self._generation = generation
         self.current.set()
 
+    async def _ask(self, *words: Argument) -> Reply:
+        """The answer to one command, whether or not decisions may be taken there. Raises Unavailable."""
+        link, command = await self._reach(), pack(*words)
+        try:
+            return await link.call(command)
+        except StoreError as error:
+            return await link.redirect(error, command)
+
+    async def _reach(self) -> Link:
+        async with self._reaching:
+            if self._link is None or self._link.lost.done():
+                self._link = await reach(self._endpoint, TIMEOUT_MS)
+            return self._link
+
     async def _listen(self) -> None:
-        while not self._stopped:
+        while True:
             try:
-                async with self._redis.pubsub(ignore_subscribe_messages=True) as news:
-                    await news.subscribe(keys.LOADED_CHANNEL)
-                    while not self._stopped:
-                        message = await news.get_message(timeout=1.0)
-                        if message is not None:
-                            self._arrived(bytes(message["data"]))
-            except (RedisError, OSError) as error:
-                _log.warning("news of accounts interrupted", error=type(error).__name__)
+                listener = await listen(self._endpoint, TIMEOUT_MS, keys.LOADED_CHANNEL, self._arrived)
+                try:
+                    while not listener.lost.done():
+                        await asyncio.wait([listener.lost], timeout=PING_S)
+                        listener.ping()
+                finally:
+                    listener.close()
+                raise Unavailable("the connection was lost")
+            except Unavailable as error:
+                _log.warning("news of accounts interrupted", error=str(error))
                 await asyncio.sleep(BACKOFF_MOST_S * random.random())  # noqa: S311 - jitter
 
     async def _tell_denials(self) -> None:
-        while not self._stopped:
+        while True:
             await asyncio.sleep(TELL_EVERY_S)
             if taken := self._denials.take():
                 try:
-                    await self._redis.sadd(keys.DENIED, *[f"{tenant} {customer}" for tenant, customer in taken])
-                except (RedisError, OSError) as error:
+                    await self._ask("SADD", keys.DENIED, *[f"{tenant} {customer}" for tenant, customer in taken])
+                except Unavailable as error:
                     self._denials.put_back(taken)
-                    _log.warning("denials wait for the hot store", error=type(error).__name__)
+                    _log.warning("denials wait for the hot store", error=str(error))
 
     def _arrived(self, data: bytes) -> None:
         tenant, _, customer = data.decode(errors="replace").partition(" ")

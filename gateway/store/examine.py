@@ -12,7 +12,8 @@ from entitlement import hot_store_health, keys
 from entitlement.errors import Unavailable
 from entitlement.examination import Check, fail, ok, warn
 from entitlement.hot_store_health import COMPONENT
-from gateway.store.connection import Connection, Endpoint, Reply, StoreError, connect, pack
+from entitlement.redis_address import Endpoint
+from gateway.store.connection import Connection, Reply, StoreError, connect, pack
 
 TIMEOUT_MS: Final = 3_000
 SKEW_S: Final = 1.0  # expected of machines that keep their clocks

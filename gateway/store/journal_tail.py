@@ -14,7 +14,8 @@ import msgspec
 from entitlement import keys
 from entitlement.errors import CorruptRecord, InvalidArgument
 from entitlement.journal import FIELD, Record, decode
-from gateway.store.connection import Connection, Endpoint, Reply, StoreError, connect, pack
+from entitlement.redis_address import Endpoint
+from gateway.store.connection import Connection, Reply, StoreError, connect, pack
 
 TIMEOUT_MS: Final = 5_000
 MAX_ACCOUNTS: Final = 50_000  # whose place is remembered; then all are forgotten

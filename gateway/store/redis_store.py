@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 from struct import error as StructError
 from typing import NoReturn
 
@@ -16,14 +16,16 @@ import structlog
 from entitlement import keys
 from entitlement.account import MISSING, Account
 from entitlement.catalog import Durability
-from entitlement.decision import Charge, Consume, Limits, Outcome, consume_arguments, consume_keys, parse_outcome
+from entitlement.decision import Charge, Consume, Limits, Outcome, parse_outcome
 from entitlement.errors import CorruptRecord, EntitlementError, Unavailable
 from entitlement.lua import script
-from entitlement.opening import Opening, read_info
+from entitlement.opening import Opening, Server
 from entitlement.receipt import is_due
-from gateway.fence import Fence, identify
+from entitlement.redis_address import Endpoint
+from gateway.fence import Fence
 from gateway.receipts import Receipts
-from gateway.store.connection import Argument, Connection, Endpoint, Reply, StoreError, connect, pack
+from gateway.store.connection import Argument, Connection, Reply, StoreError, connect, pack
+from gateway.store.link import Link, identify, look, reach
 from gateway.store.packing import Packer
 from gateway.store.protocol import Sight
 from gateway.store.replicated import Replicated
@@ -55,22 +57,22 @@ class RedisStore:
         self._partitions = partitions
         self._timeout_ms = timeout_ms
         self._jitter = jitter
-        self._consume = script("consume")
         self._packer = Packer(_sha("consume"), limits, partitions)
         self._receipts = receipts
         self._fence = fence
         self._draft = receipts.draft if receipts else _no_receipt
-        self._connection: Connection | None = None
+        self._connection: Link | None = None
         self._why = "not connected"
         self._opening: Opening | None = None
         self._doubted = asyncio.Event()  # another opening was seen: decisions stop until the fence is crossed again
         self._keeper: asyncio.Task[None] | None = None
-        self._copies: Replicated | None = None
+        self._copies: dict[Connection, Replicated] = {}  # by whom they are of
         self._making_copies = asyncio.Lock()
         self._up = asyncio.Event()
         self.comings = 0  # times that decisions became possible
-        self._reached: Connection | None = None  # it answers, whether or not decisions may be taken over it
-        self._admitted: Connection | None = None  # the last over which decisions were taken
+        self._reached: Link | None = None  # it answers, whether or not decisions may be taken over it
+        self._admitted: Link | None = None  # the last over which decisions were taken
+        self._round_trips = 0  # of those before it
         self.probe = Times()  # round trips of a look at the opening
 
     @property
@@ -94,7 +96,7 @@ class RedisStore:
     @property
     def round_trips(self) -> int:
         """Writes of a loop turn's commands, each with its answers."""
-        return self._admitted.round_trips if self._admitted else 0
+        return self._round_trips + (self._admitted.round_trips if self._admitted else 0)
 
     async def start(self) -> None:
         """Connects and loads the scripts. Raises Unavailable when Redis cannot be reached now. With a fence,
@@ -121,11 +123,12 @@ class RedisStore:
     async def consume(self, request: Consume, charge: Charge) -> Outcome:
         if charge.durability is Durability.RECEIPT_REPLICA:
             return await self._consume_replicated(request, charge)
+        connection = self._connection or self._away()
+        command, draft = self._packer.pack(request, charge), self._draft(request, charge)
         try:
-            connection = self._connection or self._away()
-            reply = await connection.call(self._packer.pack(request, charge), self._draft(request, charge))
+            reply = await connection.call(command, draft)
         except StoreError as error:
-            reply = await self._again(error, request, charge)
+            reply = await self._again(error, "consume", command, draft)
         return _outcome(reply, request)
 
     async def consume_many(self, calls: Sequence[tuple[Consume, Charge]]) -> list[Outcome]:
@@ -136,27 +139,41 @@ class RedisStore:
         connection = self._connection or self._away()
         draft, packed = self._draft, self._packer.pack
         drafts = [draft(request, charge) for request, charge in calls]
-        replies = await connection.call_many([packed(request, charge) for request, charge in calls], drafts)
+        commands = [packed(request, charge) for request, charge in calls]
+        replies = await connection.call_many(commands, drafts)
         outcomes = []
-        for reply, (request, charge) in zip(replies, calls, strict=True):
+        for index, (reply, (request, _)) in enumerate(zip(replies, calls, strict=True)):
             if isinstance(reply, StoreError):
-                reply = await self._again(reply, request, charge)
+                reply = await self._again(reply, "consume", commands[index], drafts[index])
             outcomes.append(_outcome(reply, request))
         return outcomes
 
     async def _consume_replicated(self, request: Consume, charge: Charge) -> Outcome:
-        draft = self._draft(request, charge)
-        copies = await self._copying()
+        command, draft = self._packer.pack(request, charge), self._draft(request, charge)
+        return _outcome(await self._decide_replicated("consume", command, draft), request)
+
+    async def _decide_replicated(self, name: str, command: bytes, draft: bytes) -> Reply:
+        """A replica has it, and the receipt is durable, when this returns."""
+        copies = await self._copying(command)
         try:
-            reply = await copies.decide(self._packer.pack(request, charge))
+            reply = await copies.decide(command)
         except StoreError as error:
             if not str(error).startswith("NOSCRIPT"):
+                self._doubt(error)
                 raise Unavailable(f"hot store: {error}") from None
-            reply = await copies.decide(pack("EVAL", self._consume, *self._arguments(request, charge)))
+            reply = await self._once_loaded(copies, name, command)
         if draft and isinstance(reply, bytes) and is_due(reply):
             assert self._receipts is not None, "it has made the draft"
             await self._receipts.append(draft + reply)
-        return _outcome(reply, request)
+        return reply
+
+    async def _once_loaded(self, copies: Replicated, name: str, command: bytes) -> Reply:
+        connection = (self._connection or self._away()).home(command)
+        try:
+            await connection.call(pack("SCRIPT", "LOAD", script(name)))
+            return await copies.decide(command)
+        except StoreError as again:
+            raise Unavailable(f"hot store: {again}") from None
 
     async def evaluate(
         self,
@@ -170,60 +187,48 @@ class RedisStore:
         """A script's answer; what it grants is held back until its receipt is durable, as a decision is. `replicated`:
         until a replica has it, too. Raises Unavailable.
         """
-        rest = (len(names), *names, *arguments)
+        command = pack("EVALSHA", _sha(name), len(names), *names, *arguments)
         if replicated:
-            copies = await self._copying()
-            send: Callable[[bytes], Awaitable[Reply]] = copies.decide
-        else:
-            connection = self._connection or self._away()
-            send = partial(connection.call, draft=draft)
+            return await self._decide_replicated(name, command, draft)
+        connection = self._connection or self._away()
         try:
-            reply = await send(pack("EVALSHA", _sha(name), *rest))
+            return await connection.call(command, draft)
         except StoreError as error:
-            if not str(error).startswith("NOSCRIPT"):
-                if self._fence and str(error).startswith("READONLY"):
-                    self._doubted.set()
-                raise Unavailable(f"hot store: {error}") from None
-            try:
-                reply = await send(pack("EVAL", script(name), *rest))
-            except StoreError as again:
-                raise Unavailable(f"hot store: {again}") from None
-        if replicated and draft and is_due(reply):
-            assert self._receipts is not None and isinstance(reply, bytes), "it has made the draft"
-            await self._receipts.append(draft + reply)
-        return reply
+            return await self._again(error, name, command, draft)
 
-    async def _copying(self) -> Replicated:
-        """The connection on which a replica is waited for: to the same Redis as the other one."""
+    async def _copying(self, command: bytes) -> Replicated:
+        """The connection on which a replica is waited for: to the same Redis as decides this."""
         async with self._making_copies:
-            if self._copies is None or self._copies.lost:
-                main = self._connection or self._away()
-                connection = await connect(self._endpoint, self._timeout_ms)
+            home = (self._connection or self._away()).home(command)
+            copies = self._copies.get(home)
+            if copies is None or copies.lost:
+                connection = await connect(home.endpoint, self._timeout_ms)
                 try:
-                    if await identify(connection) != await identify(main):
+                    if await identify(connection) != await identify(home):
                         raise Unavailable("hot store: it is becoming another one")
                 except BaseException:
                     connection.close()
                     raise
-                self._copies = Replicated(connection, self._timeout_ms)
-            return self._copies
+                copies = self._copies[home] = Replicated(connection, self._timeout_ms)
+            return copies
 
-    def _arguments(self, request: Consume, charge: Charge) -> tuple[Argument, ...]:
-        partition = keys.partition_of(request.tenant, request.customer, self._partitions)
-        return (3, *consume_keys(request, partition), *consume_arguments(request, charge, self._limits))
-
-    async def _again(self, error: StoreError, request: Consume, charge: Charge) -> Reply:
-        """Redis forgot the script: send it whole, once. Any other error answer means nothing was decided."""
-        if not str(error).startswith("NOSCRIPT"):
-            if self._fence and str(error).startswith("READONLY"):
-                self._doubted.set()  # It has become a replica.
-            raise Unavailable(f"hot store: {error}") from None
+    async def _again(self, error: StoreError, name: str, command: bytes, draft: bytes) -> Reply:
+        """After an error answer nothing was decided. Redis forgot the script: load it and ask once more. Another node
+        of a cluster has it now: ask that one, once.
+        """
         connection = self._connection or self._away()
-        whole = pack("EVAL", self._consume, *self._arguments(request, charge))
-        try:
-            return await connection.call(whole, self._draft(request, charge))
-        except StoreError as again:
-            raise Unavailable(f"hot store: {again}") from None
+        if not str(error).startswith("NOSCRIPT"):
+            self._doubt(error)
+            return await connection.redirect(error, command, draft)
+        load = pack("SCRIPT", "LOAD", script(name))
+        _, reply = await connection.home(command).call_many([load, command], [b"", draft] if draft else ())
+        if isinstance(reply, StoreError):
+            raise Unavailable(f"hot store: {reply}")
+        return reply
+
+    def _doubt(self, error: StoreError) -> None:
+        if self._fence and str(error).startswith("READONLY"):
+            self._doubted.set()  # It has become a replica.
 
     async def read(self, tenant: str, customer: str) -> Sight:
         partition = keys.partition_of(tenant, customer, self._partitions)
@@ -242,10 +247,11 @@ class RedisStore:
         await self._command("RPUSH", keys.install_requests(partition), f"{tenant} {customer}")
 
     async def _command(self, *arguments: Argument) -> Reply:
+        connection, command = self._connection or self._away(), pack(*arguments)
         try:
-            return await self._call(pack(*arguments))
+            return await connection.call(command)
         except StoreError as error:
-            raise Unavailable(f"hot store: {error}") from None
+            return await connection.redirect(error, command)
 
     async def last_ids(self) -> dict[int, tuple[int, int]]:
         """The id that each partition's journal has given last."""
@@ -271,30 +277,26 @@ class RedisStore:
         settled all there was.
         """
         connection = self._connection or self._away()
-        *replies, told, server, replication = await connection.call_many([*commands, *_WHOSE])
-        if not self._is_as_it_was(told, server, replication):
+        answers = connection.call_many(commands)
+        opening, server, _ = await look(connection, self._partitions)
+        if not self._is_as_it_was(opening, server):
             raise Unavailable("hot store: it is not as it was")
-        return replies
+        return await answers
 
-    def _is_as_it_was(self, told: object, *info: object) -> bool:
+    def _is_as_it_was(self, opening: Opening | None, server: Server) -> bool:
         """Whether it is the one that was opened, under the same number: no copy of it, and not one emptied since."""
-        if not isinstance(told, bytes) or not all(isinstance(part, bytes) for part in info):
-            return False
-        opening = Opening.parse(told)
-        server = read_info("\n".join(part.decode() for part in info if isinstance(part, bytes)))
-        return opening.number == self._number and opening.is_of(server)
-
-    def _call(self, command: bytes) -> asyncio.Future[Reply]:
-        return (self._connection or self._away()).call(command)
+        return opening is not None and opening.number == self._number and opening.is_of(server)
 
     def _away(self) -> NoReturn:
         raise Unavailable(f"hot store: {self._why}")
 
-    async def _reach(self) -> Connection:
+    async def _reach(self) -> Link:
         sink = self._receipts.keep if self._receipts else None
-        connection = await connect(self._endpoint, self._timeout_ms, sink=sink)
+        connection = await reach(self._endpoint, self._timeout_ms, sink)
         try:
-            await connection.call(pack("SCRIPT", "LOAD", self._consume))
+            for (reply,) in await connection.everywhere([pack("SCRIPT", "LOAD", script("consume"))]):
+                if isinstance(reply, StoreError):
+                    raise reply
         except (StoreError, Unavailable) as error:
             connection.close()
             raise Unavailable(f"hot store at {self._endpoint}: {error}") from None
@@ -304,7 +306,7 @@ class RedisStore:
         self._reached = connection
         return connection
 
-    async def _admit(self, connection: Connection) -> None:
+    async def _admit(self, connection: Link) -> None:
         """Lets decisions be taken over a connection, once the fence is crossed."""
         if self._fence is not None:
             self._why = "the fence is being crossed: ledger_sync opens the hot store, and receipts are replayed"
@@ -318,17 +320,17 @@ class RedisStore:
         if connection.lost.done():
             raise Unavailable("hot store: connection lost")
         self.comings += 1
-        connection.round_trips += self.round_trips
+        self._round_trips = self.round_trips
         self._connection = self._admitted = connection
         self._doubted.clear()
         self._up.set()
         connection.lost.add_done_callback(lambda _: self._gone(connection))
 
-    def _gone(self, connection: Connection) -> None:
+    def _gone(self, connection: Link) -> None:
         if self._connection is connection:
             self._down("not connected")
 
-    async def _keep(self, reached: Connection) -> None:
+    async def _keep(self, reached: Link) -> None:
         """Reconnects for ever, with growing, jittered pauses."""
         pause, connection = BACKOFF_FIRST_S, reached
         while True:
@@ -352,9 +354,9 @@ class RedisStore:
                     await connection.lost
 
     def _down(self, why: str) -> None:
-        if self._copies is not None:
-            self._copies.close()
-            self._copies = None
+        for copies in self._copies.values():
+            copies.close()
+        self._copies = {}
         self._why = why
         self._connection = None
         self._up.clear()
@@ -363,7 +365,7 @@ class RedisStore:
     def _number(self) -> int:
         return self._opening.number if self._opening else 0
 
-    async def _until_over(self, connection: Connection) -> None:
+    async def _until_over(self, connection: Link) -> None:
         """Returns when the connection is lost, or the ledger has opened this hot store anew: it is not as it was."""
         watch = asyncio.create_task(self._watch(connection))
         settling = asyncio.create_task(self._settle_what_is_owed(connection))
@@ -375,7 +377,7 @@ class RedisStore:
                 task.cancel()
             await asyncio.gather(watch, settling, doubted, return_exceptions=True)
 
-    async def _settle_what_is_owed(self, connection: Connection) -> None:
+    async def _settle_what_is_owed(self, connection: Link) -> None:
         """What was granted while this hot store was away, or could not be replayed before: beside the traffic."""
         while self._fence is not None and self._receipts is not None and self._opening is not None:
             if self._receipts.owes:
@@ -385,7 +387,7 @@ class RedisStore:
                     _log.warning("receipts wait to be replayed", error=str(error))
             await asyncio.sleep(WATCH_S)
 
-    async def _watch(self, connection: Connection) -> None:
+    async def _watch(self, connection: Link) -> None:
         """Looks at the opening, and at the hot store's clock."""
         if self._fence is None or self._receipts is None:
             await connection.lost
@@ -393,20 +395,16 @@ class RedisStore:
         while True:
             try:
                 with self.probe.one():
-                    told, server, replication, clock = await connection.call_many([*_WHOSE, pack("TIME")])
+                    opening, server, now_ms = await look(connection, self._partitions)
             except Unavailable:  # Busy, or lost: the connection itself says which.
                 await asyncio.sleep(WATCH_S)
                 continue
-            if not self._is_as_it_was(told, server, replication):
+            if not self._is_as_it_was(opening, server):
                 _log.warning("the hot store is not as it was", opening=self._number)
                 return
-            if isinstance(clock, list):
-                seconds, micros = (int(part) for part in clock if isinstance(part, bytes))
-                self._receipts.tell_time(seconds * 1000 + micros // 1000)
+            if now_ms:
+                self._receipts.tell_time(now_ms)
             await asyncio.sleep(WATCH_S)
-
-
-_WHOSE = (pack("GET", keys.OPEN), pack("INFO", "server"), pack("INFO", "replication"))
 
 
 @cache

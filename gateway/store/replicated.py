@@ -13,9 +13,6 @@ from gateway.store.connection import Connection, Reply, StoreError, pack
 WAIT_SHARE = 0.8  # of the connection's deadline, so that the answer to WAIT still comes in time
 
 
-_WRITE = pack("SET", "ent:copied", 1)
-
-
 class Replicated:
     """Owns the connection. `decide` from any task; `close` may be called twice."""
 
@@ -54,8 +51,10 @@ class Replicated:
     async def _go(self, group: list[tuple[bytes, asyncio.Future[Reply]]]) -> None:
         try:
             # WAIT is for what this connection has written, and a key that is known already writes nothing.
-            commands = [*[command for command, _ in group], _WRITE, self._wait]
-            *replies, _, copies = await self._connection.call_many(commands)
+            commands = [*[command for command, _ in group], _write_beside(group[0][0]), self._wait]
+            *replies, wrote, copies = await self._connection.call_many(commands)
+            if isinstance(wrote, StoreError):
+                copies = 0
         except Unavailable as error:
             replies, copies = [error] * len(group), 0  # type: ignore[list-item]
         for (_, answer), reply in zip(group, replies, strict=True):
@@ -67,3 +66,9 @@ class Replicated:
                 answer.set_exception(Unavailable("hot store: no replica has it yet; the outcome is unknown"))
             else:
                 answer.set_result(reply)
+
+
+def _write_beside(command: bytes) -> bytes:
+    """A write to where that command went: in a cluster, to a slot that this server has."""
+    start = command.index(b"{")
+    return pack("SET", b"ent:copied:" + command[start : command.index(b"}", start) + 1], 1)

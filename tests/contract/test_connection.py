@@ -11,7 +11,8 @@ import pytest
 from entitlement.account import HotGrant
 from entitlement.decision import Limits, Verdict
 from entitlement.errors import Unavailable
-from gateway.store.connection import Connection, Endpoint, StoreError, connect, pack
+from entitlement.redis_address import Endpoint
+from gateway.store.connection import Connection, StoreError, connect, pack
 from gateway.store.redis_store import RedisStore
 from tests.conftest import start_or_skip
 from tests.hot_stores import TOKENS, Hot, RedisBench, account, charge, redis_bench, request

@@ -11,7 +11,8 @@ import pytest
 
 from entitlement.decision import Limits
 from entitlement.errors import CorruptRecord, Unavailable
-from gateway.store.connection import Endpoint, connect, pack
+from entitlement.redis_address import Endpoint
+from gateway.store.connection import connect, pack
 from gateway.store.redis_store import RedisStore
 from tests.contract.test_connection import SECRET, cancel_some
 from tests.fake_redis import Command, FakeServer, bulk, echo, fake_redis

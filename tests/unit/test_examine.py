@@ -14,6 +14,7 @@ from entitlement.examination import Check, Outcome, fail, ok, warn, worst
 from entitlement.journal import FIELD, encode
 from entitlement.opening import Identity, Opening
 from entitlement.records import Close, Crossing, Ended, Held, HeldLine, Rolled
+from entitlement.redis_address import Endpoint
 from entitlement.v1 import ledger_pb2 as pb
 from gateway.cli import scrape, status
 from gateway.cli.decisions import matches, tell
@@ -21,7 +22,6 @@ from gateway.cli.follow import Since
 from gateway.cli.window import MAX_CUSTOMERS, OTHERS, Window
 from gateway.receipts import examine as receipts
 from gateway.store import examine as store
-from gateway.store.connection import Endpoint
 from gateway.store.journal_tail import JournalTail
 from ledger_sync import examine, examine_database, migrations
 from ledger_sync.journal_reader import Lag

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from entitlement.errors import EntitlementError, InvalidArgument
+from entitlement.redis_address import Endpoint
 from gateway.settings import Settings, load
-from gateway.store.connection import Endpoint
 
 SECRET = "hunter2-canary"
 PREFIX = "ENTITLEMENT_GATEWAY_"
