@@ -103,6 +103,9 @@ class Endpoint(msgspec.Struct, frozen=True):
         """A sentinel has none."""
         return msgspec.structs.replace(self, database=0)
 
+    def without_password(self) -> Endpoint:
+        return msgspec.structs.replace(self, password="", files=msgspec.structs.replace(self.files, password=""))
+
     @property
     def secrets(self) -> tuple[str, ...]:
         """What of it must be shown nowhere."""

@@ -41,9 +41,9 @@ LOADED_S: Final = 10.0  # how long receipts wait for their accounts, all togethe
 ASK_S: Final = 0.25
 CHUNK: Final = 256  # receipts replayed in one exchange
 
+_MOVING: Final = ("MOVED", "ASK", "TRYAGAIN")  # a slot of the cluster is on its way: the link is made anew
 _PASSING: Final = frozenset(
-    ("LOADING", "OOM", "READONLY", "MISCONF", "NOSCRIPT", "BUSY", "NOREPLICAS", "CLUSTERDOWN")
-    + ("MOVED", "ASK", "TRYAGAIN")  # A slot of the cluster is on its way: the link is made anew.
+    ("LOADING", "OOM", "READONLY", "MISCONF", "NOSCRIPT", "BUSY", "NOREPLICAS", "CLUSTERDOWN", *_MOVING)
 )
 _log = structlog.get_logger(__name__)
 

@@ -13,9 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Final, Self
 
 import msgspec
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from entitlement import hot_store_health, keys, lua
@@ -25,16 +23,21 @@ from entitlement.decision import Charge, Consume, Limits, consume_arguments, con
 from entitlement.errors import Unavailable
 from entitlement.holding import Closing, close_arguments, close_keys, hold_key
 from entitlement.identity import is_id
-from entitlement.opening import Opening, Server, server_of
+from entitlement.opening import Opening, Server, agreed, joint, server_of
+from entitlement.redis_address import Endpoint
 from ledger_sync import hot_deltas
 from ledger_sync import lua as own
 from ledger_sync.drift import Place
 from ledger_sync.hold_rows import Standing
+from ledger_sync.redis_client import client_of, identify, primaries
+from ledger_sync.redis_cluster import ClusterRedis
 
 CHUNK: Final = 500  # commands in one pipeline
 OPEN_MS: Final = 2_000  # how long an opening may be under way
 REQUESTS: Final = 1_000  # install requests taken from one list at once
 TIMEOUT_S: Final = 5.0
+POLL_S: Final = 0.01  # between two looks at what a cluster cannot be waited for, at first
+POLL_MOST_S: Final = 0.05
 CONNECTIONS: Final = 64  # beyond it calls wait for one
 _MARKS: Final = (MISSING.encode(), FROZEN.encode())  # of an account that is not there
 
@@ -62,22 +65,14 @@ class HotStore:
 
     def __init__(self, client: Redis, partitions: int = keys.PARTITIONS) -> None:
         self._client = client
+        self._is_cluster = isinstance(client, ClusterRedis)
         self.partitions = partitions
 
     @classmethod
-    def connect(cls, url: str, partitions: int = keys.PARTITIONS) -> Self:
+    def connect(cls, where: Endpoint | str, partitions: int = keys.PARTITIONS) -> Self:
         """Connects when first used."""
-        pool: BlockingConnectionPool = BlockingConnectionPool.from_url(
-            url,
-            # No socket_timeout: on Python 3.11 its asyncio.wait_for may swallow a cancellation (cpython gh-86296).
-            # Every call has a deadline of its own instead, which counts for the wait for a connection, too.
-            socket_timeout=None,
-            socket_connect_timeout=TIMEOUT_S,
-            max_connections=CONNECTIONS,
-            timeout=TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-        )
-        return cls(Redis.from_pool(pool), partitions)
+        endpoint = Endpoint.parse(where) if isinstance(where, str) else where
+        return cls(client_of(endpoint, connections=CONNECTIONS, timeout_s=TIMEOUT_S), partitions)
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -97,13 +92,14 @@ class HotStore:
     async def server(self) -> Server:
         """Which Redis this is."""
         async with _translated():
-            return server_of(await self._client.info("server") | await self._client.info("replication"))
+            return await identify(self._client)
 
     async def opening(self) -> Opening | None:
         """What this hot store says of how it was opened; a copy says what its original said."""
-        async with _translated():
-            found = await self._client.get(keys.OPEN)
-        return Opening.parse(_bytes(found)) if found is not None else None
+        async with _translated(), self._client.pipeline(transaction=False) as pipeline:
+            for name in self._opening_keys:
+                pipeline.get(name)
+            return agreed(await pipeline.execute())
 
     async def facts(self) -> Facts:
         info: dict[str, str] = {}
@@ -122,9 +118,13 @@ class HotStore:
         number, or this came too late.
         """
         until_ms = await self.now_ms() + OPEN_MS
-        call = Call((keys.OPEN,), (opening.encode(), opening.number, until_ms))
-        (reply,) = await self._run(own.until("open"), [call])
-        return reply == 1
+        word = (opening.encode(), opening.number, until_ms)
+        replies = await self._run(own.until("open"), [Call((name,), word) for name in self._opening_keys])
+        return all(reply == 1 for reply in replies)
+
+    @property
+    def _opening_keys(self) -> Sequence[str]:
+        return keys.openings(self.partitions) if self._is_cluster else (keys.OPEN,)
 
     async def places(self, names: Sequence[Name]) -> list[Place | None]:
         """Where each account stands; None: not loaded."""
@@ -176,12 +176,29 @@ class HotStore:
     async def expire(self, holds: Sequence[tuple[Name, str]], run_id: str, limits: Limits) -> list[str]:
         """Ends holds whose time is over, on that server; what close.lua returned for each, as its first word."""
         calls = []
+        whose = await self._run_ids(run_id, {self.partition(name) for name, _ in holds})
         for (tenant, customer), hold in holds:
-            closing = Closing(tenant, customer, hold, "E", run_id=run_id)
             partition = self.partition((tenant, customer))
+            closing = Closing(tenant, customer, hold, "E", run_id=whose[partition])
             calls.append(Call(close_keys(closing, partition), close_arguments(closing, limits)))
         replies = await self._run(lua.script("close"), calls)
         return [_bytes(reply)[:9].decode("latin-1") for reply in replies]
+
+    async def _run_ids(self, run_id: str, partitions: Iterable[int]) -> dict[int, str]:
+        """Of the servers that have these partitions. Unavailable: together they are not the one that is named."""
+        if not isinstance(self._client, ClusterRedis):
+            return dict.fromkeys(partitions, run_id)
+        async with _translated():
+            found = {
+                node: server_of(await node.info("server") | await node.info("replication"))
+                for node in await primaries(self._client)
+            }
+            if joint(list(found.values())).identity.run_id != run_id:
+                raise Unavailable("hot store: it is not the one that has been opened")
+            return {
+                partition: found[await self._client.primary_of(keys.journal(partition))].identity.run_id
+                for partition in partitions
+            }
 
     async def apply(self, deltas: Iterable[tuple[Name, hot_deltas.Delta]]) -> list[str]:
         """Runs apply_delta.lua for each, in the order given; what the script returned, as text."""
@@ -313,15 +330,29 @@ class HotStore:
         """The install requests that wait now, or the first ones that come within `wait_s`."""
         lists = [keys.install_requests(partition) for partition in range(self.partitions)]
         async with _translated(wait_s + TIMEOUT_S):
-            first = await self._client.blpop(lists, timeout=wait_s)
-            if first is None:
-                return []
-            async with self._client.pipeline(transaction=False) as pipeline:
-                for list_name in lists:
-                    pipeline.lpop(list_name, REQUESTS)
-                more: list[list[bytes] | None] = await pipeline.execute()
-        asked = [_bytes(first[1]), *(item for items in more if items for item in items)]
+            asked = await (self._poll(lists, wait_s) if self._is_cluster else self._wait(lists, wait_s))
         return [name for item in dict.fromkeys(asked) if (name := _name(item))]
+
+    async def _wait(self, lists: Sequence[str], wait_s: float) -> list[bytes]:
+        first = await self._client.blpop(list(lists), timeout=wait_s)
+        return [_bytes(first[1]), *await self._taken(lists)] if first is not None else []
+
+    async def _poll(self, lists: Sequence[str], wait_s: float) -> list[bytes]:
+        """Nobody can wait for lists of several slots at once."""
+        deadline, pause_s = asyncio.get_running_loop().time() + wait_s, POLL_S
+        while True:
+            asked = await self._taken(lists)
+            if asked or asyncio.get_running_loop().time() > deadline:
+                return asked
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, POLL_MOST_S)
+
+    async def _taken(self, lists: Sequence[str]) -> list[bytes]:
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for list_name in lists:
+                pipeline.lpop(list_name, REQUESTS)
+            found: list[list[bytes] | None] = await pipeline.execute()
+        return [item for items in found if items for item in items]
 
     async def last_ids(self, partitions: Iterable[int]) -> dict[int, str]:
         """The last id that each partition's journal has given; '0-0' for a journal that does not exist."""
@@ -353,9 +384,13 @@ class HotStore:
         return next((snapshot.policies for snapshot in snapshots if snapshot.tenant == tenant), ())
 
     async def publish_catalog(self, catalogs: Catalogs) -> None:
-        """Replaces the catalogue and its generation at once."""
+        """Replaces the catalogue and its generation at once; in a cluster, where they lie in two slots, one after the
+        other: a gateway that reads in between reads the same catalogue once more.
+        """
         async with _translated(), self._client.pipeline(transaction=True) as pipeline:
             pipeline.set(keys.CATALOG, catalogs.encode())
+            if self._is_cluster:
+                await pipeline.execute()
             pipeline.set(keys.CATALOG_GENERATION, catalogs.generation)
             await pipeline.execute()
 

@@ -13,16 +13,17 @@ from contextlib import asynccontextmanager
 from typing import Final, Self, cast
 
 import msgspec
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from entitlement import keys
 from entitlement.errors import Unavailable
 from entitlement.journal import FIELD
-from entitlement.opening import Opening, server_of
+from entitlement.opening import Opening
+from entitlement.redis_address import Endpoint
 from ledger_sync.posting import Arrival
+from ledger_sync.redis_client import client_of, identify
+from ledger_sync.redis_cluster import ClusterRedis
 
 TIMEOUT_S: Final = 10.0  # of one exchange; longer than any read blocks
 CONNECTIONS: Final = 32  # one reads, the others ask; beyond it they wait
@@ -30,6 +31,8 @@ FETCH: Final = 512  # entries in one reply, about: reading shall not hold up dec
 MAX_COUNT: Final = 256  # entries of one stream in one reply
 CLAIM: Final = 1_000
 ACKNOWLEDGE: Final = 1_000  # ids in one command
+POLL_S: Final = 0.005  # between two looks at streams of a cluster, at first
+POLL_MOST_S: Final = 0.05
 
 Entries = dict[str, list[tuple[bytes, bytes | None]]]  # by stream: id and record, None for one that was trimmed
 StreamId = tuple[int, int]
@@ -56,22 +59,13 @@ class JournalReader:
         self._partition_of = dict(zip(self._streams, partitions, strict=True))
         self._consumer = consumer
         self._count = max(1, FETCH // len(self._streams))
+        self._read = self._read_each if isinstance(client, ClusterRedis) else self._read_all
 
     @classmethod
-    def connect(cls, url: str, partitions: Sequence[int], consumer: str) -> Self:
+    def connect(cls, where: Endpoint | str, partitions: Sequence[int], consumer: str) -> Self:
         """Connects when first used."""
-        pool: BlockingConnectionPool = BlockingConnectionPool.from_url(
-            url,
-            # No socket_timeout: on Python 3.11 its asyncio.wait_for may swallow a cancellation (cpython gh-86296).
-            # Every exchange has a deadline all the same.
-            socket_timeout=None,
-            socket_connect_timeout=TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-            protocol=2,
-            max_connections=CONNECTIONS,
-            timeout=TIMEOUT_S,
-        )
-        return cls(Redis.from_pool(pool), partitions, consumer)
+        endpoint = Endpoint.parse(where) if isinstance(where, str) else where
+        return cls(client_of(endpoint, connections=CONNECTIONS, timeout_s=TIMEOUT_S, protocol=2), partitions, consumer)
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -83,8 +77,9 @@ class JournalReader:
         """
         async with _translated():
             if opening is not None and opening.number:
-                found = server_of(await self._client.info("server") | await self._client.info("replication"))
+                found = await identify(self._client)
                 if found.identity.run_id != opening.identity.run_id:
+                    await self._client.connection_pool.disconnect(inuse_connections=False)
                     raise Unavailable("hot store: it is not the one that has been opened")
             async with self._client.pipeline(transaction=False) as pipeline:
                 for stream in self._streams:
@@ -135,17 +130,34 @@ class JournalReader:
         self._count = min(MAX_COUNT, max(1, FETCH // max(1, len(entries))))
         return entries, any(len(found) >= count for found in entries.values())
 
-    async def _read(self, positions: Mapping[str, bytes], count: int, block_ms: int = 0) -> Entries:
-        words: list[str | bytes | int] = ["XREADGROUP", "GROUP", keys.GROUP, self._consumer, "COUNT", count]
+    async def _read_all(self, positions: Mapping[str, bytes], count: int, block_ms: int = 0) -> Entries:
+        words = self._reading(count)
         if block_ms:
             words += ["BLOCK", block_ms]
-        words += ["STREAMS", *positions]
-        reply = await self._command(*words, *positions.values())
-        return {
-            stream.decode(): [(entry_id, _record(fields)) for entry_id, fields in entries]
-            for stream, entries in cast("_Reply | None", reply) or ()
-            if entries
-        }
+        reply = await self._command(*words, "STREAMS", *positions, *positions.values())
+        return _entries(reply)
+
+    async def _read_each(self, positions: Mapping[str, bytes], count: int, block_ms: int = 0) -> Entries:
+        """Of a cluster nobody can read streams of several slots in one command, or wait for them: they are looked at
+        again and again, all of one primary in one write.
+        """
+        loop, pause_s = asyncio.get_running_loop(), POLL_S
+        deadline = loop.time() + block_ms / 1000
+        while True:
+            async with self._client.pipeline(transaction=False) as pipeline:
+                for stream, position in positions.items():
+                    pipeline.execute_command(*self._reading(count), "STREAMS", stream, position)
+                replies = await pipeline.execute()
+            entries: Entries = {}
+            for reply in replies:
+                entries |= _entries(reply)
+            if entries or loop.time() >= deadline:
+                return entries
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, POLL_MOST_S)
+
+    def _reading(self, count: int) -> list[str | bytes | int]:
+        return ["XREADGROUP", "GROUP", keys.GROUP, self._consumer, "COUNT", count]
 
     async def _command(self, *words: str | bytes | int) -> object:
         """The answer is not looked at by the client library: this is the hot path."""
@@ -281,6 +293,14 @@ def _position(info: object, groups: object, pending: object) -> _Position | None
         unread = info["length"]
     first = pending["min"]
     return _Position(last, delivered, parse_id(first) if first else None, pending["pending"] + unread)
+
+
+def _entries(reply: object) -> Entries:
+    return {
+        stream.decode(): [(entry_id, _record(fields)) for entry_id, fields in entries]
+        for stream, entries in cast("_Reply | None", reply) or ()
+        if entries
+    }
 
 
 def _as_it_comes(response: object, **_: object) -> object:

@@ -55,15 +55,15 @@ class Process:
         self._target = target_of(settings)
         self.traces = opened(on=settings.tracing)
         self._publisher = self.traces.publisher(
-            open_publisher(settings.publisher or settings.redis_url, deadline_ms=settings.publisher_deadline_ms)
+            open_publisher(
+                settings.publisher, deadline_ms=settings.publisher_deadline_ms, hot_store=settings.redis
+            )
         )
         self._readers = [
-            JournalReader.connect(
-                settings.redis_url, range(lane, settings.partitions, settings.lanes), settings.consumer
-            )
+            JournalReader.connect(settings.redis, range(lane, settings.partitions, settings.lanes), settings.consumer)
             for lane in range(min(settings.lanes, settings.partitions))
         ]
-        self._hot = HotStore.connect(settings.redis_url, settings.partitions)
+        self._hot = HotStore.connect(settings.redis, settings.partitions)
         self._ledger: Ledger | None = None
         self._admin: AdminServer | None = None
         self._tasks: list[asyncio.Task[None]] = []

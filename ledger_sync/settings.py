@@ -16,11 +16,13 @@ from entitlement.extras import need
 from entitlement.identity import check_id
 from entitlement.quantity import parse_integer, within
 from entitlement.redaction import Redactor, of_collector, of_url
+from entitlement.redis_address import Endpoint, Files
 from ledger_sync.announcements import TYPES
 
 PREFIX: Final = "ENTITLEMENT_SYNC_"
 RELOADED: Final = ("batch", "linger_ms", "patrol_s", "stop_ms", "log_level")
 _SECRET: Final = ("redis_url", "database_url", "publisher", "webhook_url")  # may hold a password
+REDIS_CHECKS: Final = ("refuse", "warn", "off")
 _HIDDEN: Final = ("webhook_secret",)
 _LOOPBACK: Final = ("127.0.0.1", "localhost", "[::1]")
 _BOUNDS: Final = {
@@ -41,6 +43,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Each field is ENTITLEMENT_SYNC_<FIELD> in the environment and <field> in the file; the environment wins."""
 
     redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_password_file: str = ""  # holds the password in place of the URL; read for every new connection
+    redis_ca: str = ""  # PEM: whom the server's certificate is checked by; empty: whom this machine trusts
+    redis_cert: str = ""  # PEM: shown to a server that asks who we are
+    redis_key: str = ""
+    redis_checks: str = "refuse"  # warn, off: what becomes of a start on a Redis that loses data or is unsafe
     database_url: str = "postgresql://127.0.0.1:5432/entitlement"
     listen: str = "127.0.0.1:8081"  # of LedgerAdmin, comma-separated: host:port (port 0: a free one) or unix:/path
     tenant: str = "default"
@@ -76,11 +83,18 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"Settings({', '.join(shown)})"
 
     @property
+    def redis(self) -> Endpoint:
+        """Raises InvalidArgument."""
+        files = Files(self.redis_ca, self.redis_cert, self.redis_key, self.redis_password_file)
+        return Endpoint.parse(self.redis_url, files=files)
+
+    @property
     def redactor(self) -> Redactor:
         """Takes what is secret here out of any text."""
         urls = (self.redis_url, self.database_url, self.publisher, self.webhook_url)
         hook = urlsplit(self.webhook_url).path  # Some who take webhooks know their senders by it.
-        given = (self.webhook_secret, hook, os.environ.get("PGPASSWORD", ""), _content(self.webhook_secret_file))
+        files = map(_content, (self.webhook_secret_file, self.redis_password_file))
+        given = (self.webhook_secret, hook, os.environ.get("PGPASSWORD", ""), *files)
         return Redactor([*given, *of_collector(os.environ), *(secret for url in urls for secret in of_url(url))])
 
     @property
@@ -111,6 +125,9 @@ def load(environment: Mapping[str, str] | None = None) -> Settings:
 
 
 def _checked(settings: Settings) -> Settings:
+    settings.redis.check_reach(insecure=settings.insecure)
+    if settings.redis_checks not in REDIS_CHECKS:
+        raise InvalidArgument("redis_checks", f"{settings.redis_checks!r} is not one of {', '.join(REDIS_CHECKS)}")
     check_id("tenant", settings.tenant)
     check_id("consumer", settings.consumer)
     for name, (low, high) in _BOUNDS.items():

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from entitlement.redis_address import Endpoint
 from ledger_sync.publisher.address import BadPublisher, parse_address
 from ledger_sync.publisher.protocol import Discard, Outgoing, Publisher, PublishFailed
 
@@ -26,13 +27,17 @@ EXPECTED: Final = (
 DEADLINE_MS: Final = 10_000
 
 
-def open_publisher(url: str, *, deadline_ms: int = DEADLINE_MS) -> Publisher:
+def open_publisher(url: str, *, deadline_ms: int = DEADLINE_MS, hot_store: Endpoint | None = None) -> Publisher:
     """The publisher that `url` names, not yet started: nothing is opened or connected before `start` and `publish`.
 
     Each `publish` returns or raises within `deadline_ms`. BadPublisher: the URL cannot be used, or needs an extra that
-    is not installed.
+    is not installed. An empty one names a stream in the hot store.
     """
     assert deadline_ms > 0
+    if not url and hot_store is not None:
+        from ledger_sync.publisher.redis_stream import RedisStreamPublisher
+
+        return RedisStreamPublisher.beside(hot_store, deadline_ms)
     address = parse_address(url, EXPECTED)
     match address.scheme:
         case "redis" | "rediss" | "unix":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Self
 from urllib.parse import urlsplit
 
 from redis.asyncio import Redis
@@ -16,11 +16,14 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from entitlement.redis_address import Endpoint
 from ledger_sync.publisher.address import Address, BadPublisher
 from ledger_sync.publisher.protocol import Outgoing, PublishFailed
+from ledger_sync.redis_client import client_of
 
 STREAM: Final = "entitlement:events"
 MAXLEN: Final = 100_000
+CONNECTIONS: Final = 4
 MAXLEN_MAX: Final = 1_000_000_000
 CHUNK: Final = 100  # Entries in one transaction: others on this server wait some 200 µs for it.
 
@@ -32,16 +35,22 @@ class RedisStreamPublisher:
     Entries are added in transactions of 100, one after the other: of each all entries are added, in order, or none.
     """
 
-    def __init__(self, address: Address, deadline_ms: int) -> None:
+    def __init__(self, address: Address, deadline_ms: int, client: Redis | None = None) -> None:
         address.refuse_options_but("stream", "maxlen", "fsync", "db")
         self._address = address
         self._deadline_ms = deadline_ms
         self._stream = address.options.get("stream", STREAM)
         self._maxlen = address.integer("maxlen", MAXLEN, low=1, high=MAXLEN_MAX)
         self._fsync = address.choice("fsync", "no", "yes", "no") == "yes"
-        self._client = _client(address, deadline_ms / 1000)
+        self._client = client or _client(address, deadline_ms / 1000)
         if not self._stream:
             raise BadPublisher("option 'stream' is empty", f"the name of a stream, {STREAM} when left out")
+
+    @classmethod
+    def beside(cls, hot_store: Endpoint, deadline_ms: int) -> Self:
+        """The default stream, in the hot store itself, whatever its shape."""
+        client = client_of(hot_store, connections=CONNECTIONS, timeout_s=deadline_ms / 1000)
+        return cls(Address("redis", (str(hot_store),), "", {}), deadline_ms, client)
 
     def __repr__(self) -> str:
         return f"RedisStreamPublisher({self._address}, stream={self._stream!r}, maxlen={self._maxlen})"
