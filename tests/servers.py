@@ -93,6 +93,10 @@ class ServerProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
     def pause(self) -> None:
         self._process.send_signal(signal.SIGSTOP)
         os.waitpid(self.pid, os.WUNTRACED)  # From here on it answers nothing.

@@ -232,9 +232,11 @@ class RedisStore:
 
     async def read(self, tenant: str, customer: str) -> Sight:
         partition = keys.partition_of(tenant, customer, self._partitions)
-        fields, clock = await asyncio.gather(
-            self._command("HGETALL", keys.account(partition, tenant, customer)), self._command("TIME")
-        )
+        connection = self._connection or self._away()
+        command = pack("HGETALL", keys.account(partition, tenant, customer))
+        fields, clock = await connection.home(command).call_many([command, pack("TIME")])
+        if isinstance(fields, StoreError):
+            fields = await connection.redirect(fields, command)
         if not isinstance(fields, list) or not isinstance(clock, list):
             raise CorruptRecord("the hot store answered HGETALL or TIME with something else")
         flat = [field for field in fields if isinstance(field, bytes)]

@@ -98,8 +98,12 @@ def test_plaintext_beyond_this_machine_has_to_be_asked_for() -> None:
 @pytest.mark.parametrize("name", ["redis_url", "database_url", "publisher"])
 def test_secrets_are_never_shown(name: str) -> None:
     for url in (f"scheme://user:{SECRET}@host:1/x?y={SECRET}", f"://{SECRET}", f"scheme://[{SECRET}"):
-        found = settings(**{name: url})
+        found = Settings(**{name: url})
         assert SECRET not in repr(found) and SECRET not in str(found) and SECRET not in f"{[found]}"
+        try:
+            settings(**{name: url})
+        except InvalidArgument as refused:
+            assert SECRET not in str(refused)
     with pytest.raises(InvalidArgument) as error:
         settings(**{name: f"scheme://user:{SECRET}@host", "batch": "0"})
     assert SECRET not in str(error.value)
