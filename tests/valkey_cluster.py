@@ -1,4 +1,4 @@
-"""A cluster of real servers, three primaries with a replica each, and a primary with sentinels: as children of the test.
+"""A cluster of real servers, three primaries with a replica each, and sentinels: as children of the test.
 
 Every wait is for what a node says of itself, with a deadline.
 """
@@ -19,6 +19,7 @@ from tests.servers import DEADLINE_S, ServerError, ServerProcess, ValkeyProcess,
 SLOTS: Final = 16_384
 NODE_TIMEOUT_MS: Final = 1_000  # a primary that says nothing for so long is failed over
 LOOK_S: Final = 0.02
+PADDING: Final = 32 << 20  # bytes: more than a kernel holds for a reader that sleeps
 
 
 class Node(ValkeyProcess):
@@ -111,13 +112,19 @@ class ValkeyCluster:
             node.ask("SETSLOT", slot, "NODE", into.id)
         return moved
 
+    def hold_back(self, primary: Node, slot_key: str) -> None:
+        """From now on what is written to it is on no replica: that sleeps, and what lies in the way fills the wire."""
+        self.replicas[self.primaries.index(primary)].pause()
+        primary.client.set(slot_key, bytes(PADDING))
+
     def kill(self, primary: Node) -> None:
         """Ends a primary; returns when another has its slots, and the cluster serves."""
         replica = self.replicas[self.primaries.index(primary)]
         primary.kill()
+        replica.resume()
         self.until(lambda: replica.is_primary, "failed over")
         others = [node for node in self.nodes if node.alive]
-        self.until(lambda: all(node.ask("INFO").count(b"cluster_state:ok") for node in others), "whole again")
+        self.until(lambda: all(node.ask("INFO").count(b"cluster_state:ok") for node in others), "become whole again")
 
     def until(self, done: Callable[[], bool], what: str) -> None:
         until(done, f"the cluster has not {what}")
@@ -184,4 +191,3 @@ def _true(done: Callable[[], bool]) -> bool:
 
 def _follows(node: Node) -> bool:
     return bool(node.client.info("replication").get("master_link_status") == "up")
-
