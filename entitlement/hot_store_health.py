@@ -5,12 +5,12 @@ What is not known, because a service hides CONFIG, is not held against it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from entitlement.errors import CorruptRecord, Unavailable
-from entitlement.examination import Check, fail, ok, warn
-from entitlement.opening import Opening, server_of
+from entitlement.examination import Check, Outcome, fail, ok, warn
+from entitlement.opening import Opening, Server, server_of
 
 COMPONENT: Final = "hot store"
 SECTIONS: Final = ("server", "memory", "persistence", "replication", "cluster")  # of INFO that are looked at
@@ -26,6 +26,28 @@ _SAFE_LUA: Final[Mapping[str, tuple[tuple[int, int, int], ...]]] = {
     "redis": ((6, 2, 20), (7, 2, 11), (7, 4, 6), (8, 0, 4), (8, 2, 2)),
     "valkey": ((7, 2, 11), (8, 0, 6), (8, 1, 4)),
 }
+
+# CVE-2026-23479: a use after free where a blocked reader is let go.
+_FLAW_FROM: Final = (7, 2, 0)
+_FLAW_UNTIL: Final = (8, 6, 3)
+
+# What neither process has any need for; a word for each kind.
+NOT_NEEDED: Final = (
+    *("FLUSHALL", "KEYS *", "CONFIG SET maxmemory 0", "SHUTDOWN", "DEBUG SLEEP 0", "REPLICAOF NO ONE", "ACL LIST"),
+    *("GET of-somebody-else",),
+)
+
+# ARGV: commands, words divided by spaces. Returns those that the caller may not run. Runs none of them.
+MAY: Final = """
+local denied = {}
+for _, line in ipairs(ARGV) do
+  local words = {}
+  for word in string.gmatch(line, '%S+') do words[#words + 1] = word end
+  local known, may = pcall(redis.acl_check_cmd, unpack(words))
+  if known and not may then denied[#denied + 1] = line end
+end
+return denied
+"""
 
 Info = Mapping[str, str]
 
@@ -43,16 +65,60 @@ def server_name(info: Info) -> tuple[str, str]:
     return "redis", info.get("redis_version", "")
 
 
-def judge(info: Info, config: Mapping[str, str]) -> list[Check]:
-    """Everything that its own words tell. `config`: what CONFIG GET said, perhaps nothing."""
-    return [_version(info), _role(info), _policy(info), _memory(info), _persistence(info, config)]
+def judge(info: Info, config: Mapping[str, str], *, cluster: bool = False) -> list[Check]:
+    """Everything that its own words tell. `config`: what CONFIG GET said, perhaps nothing. `cluster`: it is meant to be
+    a node of one.
+    """
+    return [_version(info, cluster), _role(info), _policy(info), _memory(info), _persistence(info, config)]
 
 
-def judge_opening(found: bytes | None, info: Info) -> Check:
-    """Whether the ledger has vouched for this server. `found`: what the key ent:open holds."""
+def judge_start(
+    info: Info, config: Mapping[str, str], *, cluster: bool = False, replica: bool = False, may: Sequence[str] = ()
+) -> list[Check]:
+    """Before anything rests on it; what fails keeps a process from starting. `replica`: grants wait for one. `may`:
+    what its user may do and has no need to (of NOT_NEEDED).
+    """
+    checks = [_safe(info, cluster), _keeps(info), _persistence(info, config)]
+    if replica and not _number(info, "connected_slaves"):
+        fix = "attach a replica, or use durability receipt"
+        checks.append(warn(COMPONENT, "replica", "none: what is granted as receipt+replica waits in vain", fix))
+    if may:
+        fix = "the users of helm/entitlement-gateway/files/users.acl, see docs/redis.md"
+        checks.append(warn(COMPONENT, "rights", f"its user may do what it has no need to: {', '.join(may)}", fix))
+    return checks
+
+
+def _safe(info: Info, cluster: bool) -> Check:
+    name, version = server_name(info)
+    if name == "redis" and _FLAW_FROM <= _numbers(version)[:3] < _FLAW_UNTIL:
+        found = f"{name} {version} may have CVE-2026-23479 (mended in 8.6.3; ask who built it)"
+        flaw = warn(COMPONENT, "version", found, "update")
+    else:
+        flaw = None
+    check = _version(info, cluster)
+    if check.outcome is Outcome.WARN and "CVE" in check.found:
+        return fail(check.component, check.name, check.found, check.fix)
+    return flaw if flaw and check.outcome is Outcome.OK else check
+
+
+def _keeps(info: Info) -> Check:
+    """Nothing is thrown away, not even when a limit of memory is set later."""
+    check = _policy(info)
+    return check if check.outcome is Outcome.OK else fail(check.component, check.name, check.found, check.fix)
+
+
+def complaint(checks: Sequence[Check]) -> str:
+    """Why a process does not start; empty: it may."""
+    failed = [f"{check.found}; {check.fix}" for check in checks if check.outcome is Outcome.FAIL]
+    return "; ".join(failed)
+
+
+def judge_opening(found: bytes | None, info: Info | Server) -> Check:
+    """Whether the ledger has vouched for this server, or cluster. `found`: what the key ent:open holds."""
     start = "start ledger_sync (entitlement sync), and see its log if it runs: it opens a hot store once it is settled"
     try:
-        opening, server = Opening.parse(found) if found else None, server_of(info)
+        opening = Opening.parse(found) if found else None
+        server = info if isinstance(info, Server) else server_of(info)
     except (CorruptRecord, Unavailable) as error:
         return fail(
             COMPONENT, "opening", str(error), "restore the key ent:open: end ledger_sync, delete it, start again"
@@ -66,14 +132,14 @@ def judge_opening(found: bytes | None, info: Info) -> Check:
     return ok(COMPONENT, "opening", f"number {opening.number}")
 
 
-def _version(info: Info) -> Check:
+def _version(info: Info, cluster: bool = False) -> Check:
     name, version = server_name(info)
     numbers = _numbers(version)
     found = f"{name} {version}"
     if not numbers:
         return warn(COMPONENT, "version", "it does not say its version", "use Valkey 8 or Redis 7.2, or newer")
-    if info.get("redis_mode") == "cluster" or info.get("cluster_enabled") == "1":
-        return fail(COMPONENT, "version", f"{found}, a node of a cluster", "use one primary with replicas, no cluster")
+    if not cluster and (info.get("redis_mode") == "cluster" or info.get("cluster_enabled") == "1"):
+        return fail(COMPONENT, "version", f"{found}, a node of a cluster", "say so: redis+cluster:// in REDIS_URL")
     if numbers[:2] < OLDEST:
         return fail(COMPONENT, "version", found, f"use {name} {'.'.join(map(str, OLDEST))} or newer")
     if _has_lua_flaw(name, numbers):

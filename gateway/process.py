@@ -10,7 +10,7 @@ from time import monotonic
 import structlog
 
 from entitlement import logs
-from entitlement.catalog import Snapshot
+from entitlement.catalog import Durability, Snapshot
 from entitlement.decision import Limits
 from entitlement.probes import Component, Pulse
 from gateway import access_files, exposition
@@ -24,6 +24,7 @@ from gateway.receipts import Receipts, tend
 from gateway.reloading import Reloader
 from gateway.settings import Settings
 from gateway.store.control import Control
+from gateway.store.examine import self_check
 from gateway.store.hold_store import HoldStore
 from gateway.store.redis_store import RedisStore
 from gateway.tracing import opened
@@ -90,6 +91,9 @@ class Core:
         exposition.add(self._settings, self._parts)
         self._tasks.append(asyncio.create_task(self._beat()))
         await self._store.start()
+        settings = self._settings
+        replica = settings.unless_said is Durability.RECEIPT_REPLICA
+        await self_check(settings.redis, settings.redis_checks, replica=replica)
         self._tasks.append(asyncio.create_task(self.reloader.run()))
         self._tasks.append(asyncio.create_task(tend(self.receipts, self._store)))
         await self._control.start()

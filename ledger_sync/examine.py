@@ -5,7 +5,7 @@ what cannot be reached is a finding.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from time import time
 from typing import TYPE_CHECKING, Final
@@ -83,15 +83,15 @@ class Examiner:
             why = str(error) or f"no answer within {PATIENCE_S:.0f} s"
             fix = "start it, or correct ENTITLEMENT_SYNC_REDIS_URL; gateways grant by contract only until it is back"
             return [fail(hot_store_health.COMPONENT, "reachable", f"from ledger_sync: {why}", fix)]
-        found.hot_store = facts.info.get("run_id", "")
+        found.hot_store = facts.server.identity.run_id
         found.journal_lag = lag.records
         if lag.records:
             found.oldest_unsettled.CopyFrom(_at(lag.oldest_ms / 1000))
-        judged = hot_store_health.judge(facts.info, facts.config)
-        return [*judged, hot_store_health.judge_opening(facts.opening, facts.info)]
+        judged = [hot_store_health.judge(info, config, cluster=self._hot.is_cluster) for info, config, _ in facts.nodes]
+        return [*_merged(judged), hot_store_health.judge_opening(facts.opening, facts.server)]
 
     async def _sure_lag(self) -> Lag:
-        """After a quiet hour the first record seems an hour old until it is read. What seems so is looked at again."""
+        """What seems late is looked at again: it may be on its way this moment, after a stop of everything."""
         lag = await self._lag()
         if lag.records and time() - lag.oldest_ms / 1000 > LATE_S:
             await asyncio.sleep(LOOK_AGAIN_S)
@@ -114,6 +114,13 @@ class Examiner:
             found.patrolled_at.CopyFrom(_at(self._patrol.rounded_s))
         if self._patrol.rounded_s or self._patrol.drifted:
             found.drifted, found.drift_nanos = self._patrol.drifted, min(self._patrol.drift_nanos, MAX_NANOS)
+
+
+def _merged(judged: Sequence[Sequence[Check]]) -> Iterator[Check]:
+    """Of the primaries of a cluster: what is well once, what is not of each that it is true of."""
+    for same in zip(*judged, strict=True):
+        unwell = [check for check in same if check.outcome is not Outcome.OK]
+        yield from dict.fromkeys(unwell) or same[:1]
 
 
 def money(found: pb.Examination) -> Iterable[Check]:

@@ -53,10 +53,12 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """What a server says of itself: INFO and CONFIG GET by name (as far as it may be read), and the key ent:open."""
+    """What each server says of itself: INFO, CONFIG GET by name (as far as it may be read), and what its user may do
+    that it has no need to; who they are together, and the key ent:open.
+    """
 
-    info: Mapping[str, str]
-    config: Mapping[str, str]
+    nodes: Sequence[tuple[Mapping[str, str], Mapping[str, str], Sequence[str]]]
+    server: Server
     opening: bytes | None
 
 
@@ -65,7 +67,7 @@ class HotStore:
 
     def __init__(self, client: Redis, partitions: int = keys.PARTITIONS) -> None:
         self._client = client
-        self._is_cluster = isinstance(client, ClusterRedis)
+        self.is_cluster = isinstance(client, ClusterRedis)
         self.partitions = partitions
 
     @classmethod
@@ -102,16 +104,10 @@ class HotStore:
             return agreed(await pipeline.execute())
 
     async def facts(self) -> Facts:
-        info: dict[str, str] = {}
-        config: dict[str, str] = {}
         async with _translated():
-            for section in hot_store_health.SECTIONS:
-                info |= {name: str(value) for name, value in (await self._client.info(section)).items()}
-            for name in hot_store_health.CONFIG:
-                with suppress(ResponseError):  # Not permitted, or hidden by who runs it.
-                    config |= {str(key): str(value) for key, value in (await self._client.config_get(name)).items()}
+            nodes = [await _facts_of(node) for node in await primaries(self._client)]
             opening = await self._client.get(keys.OPEN)
-        return Facts(info, config, None if opening is None else _bytes(opening))
+            return Facts(nodes, await identify(self._client), None if opening is None else _bytes(opening))
 
     async def open(self, opening: Opening) -> bool:
         """Lets gateways decide on this hot store, if it is the one that is named. False: it was opened under a later
@@ -124,7 +120,7 @@ class HotStore:
 
     @property
     def _opening_keys(self) -> Sequence[str]:
-        return keys.openings(self.partitions) if self._is_cluster else (keys.OPEN,)
+        return keys.openings(self.partitions) if self.is_cluster else (keys.OPEN,)
 
     async def places(self, names: Sequence[Name]) -> list[Place | None]:
         """Where each account stands; None: not loaded."""
@@ -330,7 +326,7 @@ class HotStore:
         """The install requests that wait now, or the first ones that come within `wait_s`."""
         lists = [keys.install_requests(partition) for partition in range(self.partitions)]
         async with _translated(wait_s + TIMEOUT_S):
-            asked = await (self._poll(lists, wait_s) if self._is_cluster else self._wait(lists, wait_s))
+            asked = await (self._poll(lists, wait_s) if self.is_cluster else self._wait(lists, wait_s))
         return [name for item in dict.fromkeys(asked) if (name := _name(item))]
 
     async def _wait(self, lists: Sequence[str], wait_s: float) -> list[bytes]:
@@ -389,10 +385,27 @@ class HotStore:
         """
         async with _translated(), self._client.pipeline(transaction=True) as pipeline:
             pipeline.set(keys.CATALOG, catalogs.encode())
-            if self._is_cluster:
+            if self.is_cluster:
                 await pipeline.execute()
             pipeline.set(keys.CATALOG_GENERATION, catalogs.generation)
             await pipeline.execute()
+
+
+async def _facts_of(node: Redis) -> tuple[Mapping[str, str], Mapping[str, str], Sequence[str]]:
+    info: dict[str, str] = {}
+    config: dict[str, str] = {}
+    for section in hot_store_health.SECTIONS:
+        info |= {name: str(value) for name, value in (await node.info(section)).items()}
+    for name in hot_store_health.CONFIG:
+        with suppress(ResponseError):  # Not permitted, or hidden by who runs it.
+            config |= {str(key): str(value) for key, value in (await node.config_get(name)).items()}
+    may: list[str] = []
+    with suppress(ResponseError):  # Older than Redis 7.
+        digest = await node.script_load(hot_store_health.MAY)
+        denied: object = await node.evalsha(_text(digest), 0, *hot_store_health.NOT_NEEDED)
+        told = {_text(line) for line in denied} if isinstance(denied, list) else set()
+        may = [line for line in hot_store_health.NOT_NEEDED if line not in told]
+    return info, config, may
 
 
 @asynccontextmanager

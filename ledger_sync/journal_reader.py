@@ -41,7 +41,7 @@ _Reply = list[tuple[bytes, list[tuple[bytes, list[bytes] | None]]]]
 
 
 class Lag(msgspec.Struct, frozen=True):
-    """Records in the journal that are not settled. `oldest_ms`: not before when the oldest was written, 0 = none."""
+    """Records in the journal that are not settled. `oldest_ms`: when the oldest was written, 0 = none."""
 
     records: int
     oldest_ms: int
@@ -229,8 +229,18 @@ class JournalReader:
 
     async def lag(self) -> Lag:
         """What is in these streams and not settled."""
-        behind = [position for position in await self._positions(self._streams) if position and position.unsettled]
-        return Lag(sum(position.unsettled for position in behind), min([p.oldest_ms for p in behind], default=0))
+        positions = zip(self._streams, await self._positions(self._streams), strict=True)
+        behind = {stream: position for stream, position in positions if position and position.unsettled}
+        oldest = [position.pending for position in behind.values() if position.pending]
+        oldest += await self._first_unread({s: p.delivered for s, p in behind.items() if not p.pending})
+        return Lag(sum(position.unsettled for position in behind.values()), min(oldest, default=(0, 0))[0])
+
+    async def _first_unread(self, delivered: Mapping[str, StreamId]) -> list[StreamId]:
+        """Not the last that was read: after a quiet hour that is an hour older."""
+        async with _translated(), self._client.pipeline(transaction=False) as pipeline:
+            for stream, last in delivered.items():
+                pipeline.xrange(stream, min=f"({_text(last)}", count=1)
+            return [parse_id(entries[0][0]) for entries in await pipeline.execute() if entries]
 
     async def _positions(self, streams: Sequence[str]) -> list[_Position | None]:
         """None: the stream does not exist."""
@@ -251,10 +261,6 @@ class _Position(msgspec.Struct, frozen=True):
     delivered: StreamId  # the last entry that was read
     pending: StreamId | None  # the first that was read and is not acknowledged
     unsettled: int
-
-    @property
-    def oldest_ms(self) -> int:
-        return (self.pending or self.delivered)[0]
 
     def settled(self, stream_id: StreamId) -> bool:
         """Also when the stream has begun anew since that id was given: then its entries are nowhere any more."""

@@ -102,6 +102,9 @@ class _Credentials(CredentialProvider):
         password = _password(self._endpoint)
         return (self._endpoint.username, password) if self._endpoint.username else (password,)
 
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        return self.get_credentials()
+
 
 def _password(endpoint: Endpoint) -> str:
     if not endpoint.files.password:

@@ -18,7 +18,6 @@ import msgspec
 from entitlement import hot_store_health
 from entitlement.errors import InvalidArgument
 from entitlement.examination import Check, Outcome, fail, ok, warn, worst
-from entitlement.redis_address import Endpoint
 from entitlement.v1.ledger_pb2 import Examination
 from gateway import settings as gateway_settings
 from gateway.cli import probes, show
@@ -31,6 +30,7 @@ SETTINGS: Final = "settings"
 _ANYBODY: Final = {f"{gateway_settings.PREFIX}ANONYMOUS": "all"}  # Who may call is not looked at.
 SYNC_PREFIX: Final = "ENTITLEMENT_SYNC_"
 CHILD_S: Final = 20.0
+_REDIS: Final = ("REDIS_URL", "REDIS_PASSWORD_FILE", "REDIS_CA", "REDIS_CERT", "REDIS_KEY")
 _MANUAL: Final = "docs/configuration.md lists them all"
 
 
@@ -62,7 +62,7 @@ def _examine(gateway: str, admin: str, redis: str, folder: Path | None) -> Itera
     yield problem
     yield probes.gateway(gateway)
     yield from receipts.examine(_receipts(given, folder), given.receipts_max_mib)
-    hot = asyncio.run(examine(Endpoint.parse(given.redis_url)))
+    hot = asyncio.run(examine(given.redis))
     yield from hot.checks
     told, found = probes.sync(admin)
     if found is None:
@@ -86,7 +86,7 @@ def _settings(redis: str) -> tuple[gateway_settings.Settings, Check]:
 
 
 def _looked_at(environment: Mapping[str, str]) -> gateway_settings.Settings:
-    names = {f"{gateway_settings.PREFIX}{name}" for name in ("REDIS_URL", "RECEIPTS_DIR", "TENANT", "PARTITIONS")}
+    names = {f"{gateway_settings.PREFIX}{name}" for name in ("RECEIPTS_DIR", "TENANT", "PARTITIONS", *_REDIS)}
     try:
         return gateway_settings.load({k: v for k, v in environment.items() if k in names} | _ANYBODY)
     except InvalidArgument:

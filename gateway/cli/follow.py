@@ -11,7 +11,6 @@ from typing import Final
 import click
 
 from entitlement.errors import EntitlementError, InvalidArgument, Unavailable
-from entitlement.redis_address import Endpoint
 from gateway import settings
 from gateway.cli import options
 from gateway.cli.calls import CallFailed, Problem
@@ -56,7 +55,7 @@ async def batches(found: settings.Settings, since_ms: int) -> AsyncGenerator[tup
 
     A hot store that goes away is a clear error, not waited for.
     """
-    tail = await JournalTail.connect(Endpoint.parse(found.redis_url), found.partitions)
+    tail = await JournalTail.connect(found.redis, found.partitions)
     try:
         await tail.begin(since_ms if since_ms >= 0 else await tail.now_ms() + since_ms)
         while True:

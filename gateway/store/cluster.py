@@ -17,7 +17,7 @@ from gateway.store.connection import Connection, Reply, Sink, StoreError, connec
 
 _SLOTS = pack("CLUSTER", "SLOTS")
 _ASKING = pack("ASKING")
-_KEY_AT = {b"EVALSHA": 8, b"XINFO": 6, b"OBJECT": 6}  # lines before a command's first key; of all others 4
+_KEY_AT = {b"EVALSHA": 8, b"XINFO": 6}  # lines before a command's first key; of all others 4
 
 
 class ClusterLink:
@@ -77,6 +77,11 @@ class ClusterLink:
             if start >= 0:
                 self._by_tag[tag] = node
         return node
+
+    @property
+    def nodes(self) -> Sequence[Connection]:
+        """Each primary."""
+        return tuple(self._nodes.values())
 
     def opening_keys(self, partitions: int) -> Sequence[str]:
         """Where the ledger's word for this hot store stands."""

@@ -98,6 +98,11 @@ class Connection(asyncio.Protocol):
         """Who answers a command."""
         return self
 
+    @property
+    def nodes(self) -> Sequence[Connection]:
+        """Each primary."""
+        return (self,)
+
     def opening_keys(self, partitions: int) -> Sequence[str]:
         """Where the ledger's word for this hot store stands."""
         return (keys.OPEN,)

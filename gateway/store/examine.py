@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import time
 from typing import Final
 
 import msgspec
+import structlog
 
 from entitlement import hot_store_health, keys
-from entitlement.errors import Unavailable
-from entitlement.examination import Check, fail, ok, warn
+from entitlement.errors import InvalidArgument, Unavailable
+from entitlement.examination import Check, Outcome, fail, ok, warn
 from entitlement.hot_store_health import COMPONENT
-from entitlement.redis_address import Endpoint
-from gateway.store.connection import Connection, Reply, StoreError, connect, pack
+from entitlement.redis_address import Endpoint, Shape
+from gateway.store.connection import Connection, Reply, StoreError, pack
+from gateway.store.link import Link, identify, reach
 
 TIMEOUT_MS: Final = 3_000
 SKEW_S: Final = 1.0  # expected of machines that keep their clocks
@@ -38,17 +40,7 @@ _CALLS: Final = (
     *("EVALSHA 0 1 {k}", "SCRIPT LOAD 0"),
 )
 
-# ARGV: commands, words divided by spaces. Returns those that the caller may not run. Runs none of them.
-_MAY: Final = """
-local denied = {}
-for _, line in ipairs(ARGV) do
-  local words = {}
-  for word in string.gmatch(line, '%S+') do words[#words + 1] = word end
-  local known, may = pcall(redis.acl_check_cmd, unpack(words))
-  if known and not may then denied[#denied + 1] = line end
-end
-return denied
-"""
+_log = structlog.get_logger(__name__)
 _UNKNOWN_SCRIPT: Final = "0" * 40
 
 
@@ -60,19 +52,75 @@ class Examined(msgspec.Struct, frozen=True):
 
 
 async def examine(endpoint: Endpoint, *, timeout_ms: int = TIMEOUT_MS, clock: Callable[[], float] = time) -> Examined:
-    """Never raises for what the server does: that is a finding."""
+    """Never raises for what the server does: that is a finding. Of a cluster each primary is looked at."""
     try:
-        connection = await connect(endpoint, timeout_ms)
+        link = await reach(endpoint, timeout_ms)
     except Unavailable as error:
         return Examined([_unreachable(str(error))])
     try:
-        return await _examine(connection, endpoint, clock)
+        found = [await _examine(node, endpoint, clock) for node in link.nodes]
+        checks = [*_merged([each.checks for each in found], link), *await _catalogued(link)]
+        return Examined(checks, (await identify(link)).identity.run_id)
     except Unavailable as error:
         return Examined([_unreachable(str(error))])
     except StoreError as error:
         return Examined([_refused(str(error), endpoint)])
     finally:
-        connection.close()
+        link.close()
+
+
+def _merged(found: Sequence[Sequence[Check]], link: Link) -> Iterator[Check]:
+    """What is well is said once; what is not, of each that it is true of."""
+    if len(found) == 1:
+        yield from found[0]
+        return
+    for same in zip(*found, strict=True):
+        unwell = [
+            (check, node) for check, node in zip(same, link.nodes, strict=True) if check.outcome is not Outcome.OK
+        ]
+        if not unwell:
+            yield same[0]
+        for check, node in unwell:
+            yield msgspec.structs.replace(check, found=f"{node.endpoint}: {check.found}")
+
+
+async def self_check(endpoint: Endpoint, mode: str, *, replica: bool = False) -> None:
+    """At a start. InvalidArgument: it loses data, or is unsafe, and `mode` is refuse. What could not be asked now is
+    not held against it.
+    """
+    if mode == "off":
+        return
+    try:
+        link = await reach(endpoint, TIMEOUT_MS)
+        try:
+            for node in link.nodes:
+                _judge_start(await _started(node, endpoint, replica), str(node.endpoint), mode)
+        finally:
+            link.close()
+    except (Unavailable, StoreError) as error:
+        _log.warning("the hot store was not looked at", why=str(error))
+
+
+async def _started(node: Connection, endpoint: Endpoint, replica: bool) -> list[Check]:
+    info = await _info(node)
+    may: list[str] = []
+    if not endpoint.is_local:
+        try:
+            denied = await _denied(node, hot_store_health.NOT_NEEDED)
+            told = {_text(line) for line in denied} if isinstance(denied, list) else set()
+            may = [line for line in hot_store_health.NOT_NEEDED if line not in told]
+        except StoreError as error:
+            _log.info("the hot store does not tell what its user may do", why=str(error))
+    cluster = endpoint.shape is Shape.CLUSTER
+    return hot_store_health.judge_start(info, await _config(node), cluster=cluster, replica=replica, may=may)
+
+
+def _judge_start(checks: Sequence[Check], where: str, mode: str) -> None:
+    for check in checks:
+        if check.outcome is not Outcome.OK:
+            _log.warning("hot store", where=where, check=check.name, found=check.found, fix=check.fix, checks=mode)
+    if mode == "refuse" and (why := hot_store_health.complaint(checks)):
+        raise InvalidArgument("redis_url", f"{where}: {why}; or say redis_checks = warn")
 
 
 def _unreachable(why: str) -> Check:
@@ -94,19 +142,21 @@ def _refused(why: str, endpoint: Endpoint) -> Check:
 
 
 async def _examine(connection: Connection, endpoint: Endpoint, clock: Callable[[], float]) -> Examined:
+    info = await _info(connection)
+    checks = [
+        ok(COMPONENT, "reachable", str(endpoint)),
+        *hot_store_health.judge(info, await _config(connection), cluster=endpoint.shape is Shape.CLUSTER),
+        await _permission(connection),
+        await _clock(connection, clock),
+    ]
+    return Examined(checks, info.get("run_id", ""))
+
+
+async def _info(connection: Connection) -> dict[str, str]:
     info: dict[str, str] = {}
     for section in hot_store_health.SECTIONS:
         info |= hot_store_health.read(_text(await connection.call(pack("INFO", section))))
-    opening = await connection.call(pack("GET", keys.OPEN))
-    checks = [
-        ok(COMPONENT, "reachable", str(endpoint)),
-        *hot_store_health.judge(info, await _config(connection)),
-        hot_store_health.judge_opening(opening if isinstance(opening, bytes) else None, info),
-        await _permission(connection),
-        await _clock(connection, clock),
-        await _catalogue(connection),
-    ]
-    return Examined(checks, info.get("run_id", ""))
+    return info
 
 
 async def _config(connection: Connection) -> Mapping[str, str]:
@@ -119,7 +169,7 @@ async def _config(connection: Connection) -> Mapping[str, str]:
 async def _permission(connection: Connection) -> Check:
     calls = [call.replace("{k}", "a:{0}:examined") for call in _CALLS]
     try:
-        denied = await connection.call(pack("EVAL", _MAY, 0, *calls))
+        denied = await _denied(connection, calls)
     except StoreError as error:
         if not str(error).startswith("NOPERM"):
             return ok(COMPONENT, "permission", "not known: it is older than Redis 7")
@@ -129,6 +179,13 @@ async def _permission(connection: Connection) -> Check:
         more = f" and {len(denied) - 3} more" if len(denied) > 3 else ""
         return fail(COMPONENT, "permission", f"its user may not: {names}{more}", f"ACL SETUSER <user> {ENOUGH}")
     return ok(COMPONENT, "permission", f"all {len(calls)} commands that it needs")
+
+
+async def _denied(connection: Connection, calls: Sequence[str]) -> Reply:
+    """Those that its user may not run; by a script that is named, for EVAL itself may be denied."""
+    sha = await connection.call(pack("SCRIPT", "LOAD", hot_store_health.MAY))
+    assert isinstance(sha, bytes)
+    return await connection.call(pack("EVALSHA", sha, 0, *calls))
 
 
 async def _may_run_scripts(connection: Connection) -> Check:
@@ -158,12 +215,17 @@ async def _clock(connection: Connection, clock: Callable[[], float]) -> Check:
     return warn(COMPONENT, "clock", found, fix) if abs(there - here) > SKEW_S else ok(COMPONENT, "clock", found)
 
 
-async def _catalogue(connection: Connection) -> Check:
-    found = await connection.call(pack("GET", keys.CATALOG_GENERATION))
+async def _catalogued(link: Link) -> list[Check]:
+    """What the ledger has put there: its word, and the catalogue."""
+    told, found = await link.call_many([pack("GET", keys.OPEN), pack("GET", keys.CATALOG_GENERATION)])
+    for reply in (told, found):
+        if isinstance(reply, StoreError):
+            raise reply
+    opening = hot_store_health.judge_opening(told if isinstance(told, bytes) else None, await identify(link))
     if found is None:
         fix = "start ledger_sync, which publishes it; entitlement apply FILE fills it"
-        return fail(COMPONENT, "catalogue", "none: every feature is unknown", fix)
-    return ok(COMPONENT, "catalogue", f"generation {_text(found)}")
+        return [opening, fail(COMPONENT, "catalogue", "none: every feature is unknown", fix)]
+    return [opening, ok(COMPONENT, "catalogue", f"generation {_text(found)}")]
 
 
 def _text(reply: Reply | StoreError) -> str:

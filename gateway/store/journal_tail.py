@@ -6,6 +6,7 @@ counts them by the sequences of accounts, which have no gaps.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Final, Self
 
@@ -15,10 +16,13 @@ from entitlement import keys
 from entitlement.errors import CorruptRecord, InvalidArgument
 from entitlement.journal import FIELD, Record, decode
 from entitlement.redis_address import Endpoint
-from gateway.store.connection import Connection, Reply, StoreError, connect, pack
+from gateway.store.cluster import ClusterLink
+from gateway.store.connection import Reply, StoreError, pack
+from gateway.store.link import Link, reach
 
 TIMEOUT_MS: Final = 5_000
 MAX_ACCOUNTS: Final = 50_000  # whose place is remembered; then all are forgotten
+LOOK_S: Final = 0.05  # between two looks at a cluster
 COUNT: Final = 64  # entries of one stream in one reply, so that reading does not hold up decisions
 
 
@@ -30,10 +34,11 @@ class Seen(msgspec.Struct, frozen=True):
 
 
 class JournalTail:
-    """Owns its connection. Every method raises Unavailable when the store does not answer."""
+    """Owns its link. Every method raises Unavailable when the store does not answer."""
 
-    def __init__(self, connection: Connection, partitions: int) -> None:
-        self._connection = connection
+    def __init__(self, link: Link, partitions: int) -> None:
+        self._link = link
+        self._read = self._read_each if isinstance(link, ClusterLink) else self._read_all
         self._position = {keys.journal(partition): "0-0" for partition in range(partitions)}
         self._places: dict[tuple[str, str], tuple[int, int]] = {}  # epoch and sequence last seen, by account
         self.missed = 0
@@ -41,11 +46,11 @@ class JournalTail:
 
     @classmethod
     async def connect(cls, endpoint: Endpoint, partitions: int) -> Self:
-        return cls(await connect(endpoint, TIMEOUT_MS), partitions)
+        return cls(await reach(endpoint, TIMEOUT_MS), partitions)
 
     def close(self) -> None:
         """May be called twice."""
-        self._connection.close()
+        self._link.close()
 
     async def begin(self, since_ms: int = 0) -> None:
         """From now on; with `since_ms`, from what of that time is still there."""
@@ -57,33 +62,40 @@ class JournalTail:
 
     async def now_ms(self) -> int:
         """The clock that the entries are dated by."""
-        reply = await self._connection.call(pack("TIME"))
+        reply = await self._link.nodes[0].call(pack("TIME"))
         assert isinstance(reply, list)
         return int(_text(reply[0])) * 1000 + int(_text(reply[1])) // 1000
 
     async def next(self, wait_ms: int) -> list[Seen]:
         """What came, in the order of its time as far as one reply shows it; nothing when `wait_ms` are over."""
         assert 0 < wait_ms < TIMEOUT_MS
-        words: tuple[str | int, ...] = (
-            "XREAD",
-            "COUNT",
-            COUNT,
-            "BLOCK",
-            wait_ms,
-            "STREAMS",
-            *self._position,
-            *self._position.values(),
-        )
         try:
-            reply = await self._connection.call(pack(*words))
+            replies = await self._read(wait_ms)
         except StoreError as error:
             raise InvalidArgument("hot store", f"the journal cannot be read: {error}") from None
-        found = list(self._seen(reply))
+        found = [seen for reply in replies for seen in self._seen(reply)]
         return sorted(found, key=lambda seen: seen.at_ms)
+
+    async def _read_all(self, wait_ms: int) -> list[Reply]:
+        places = (*self._position, *self._position.values())
+        return [await self._link.call(pack("XREAD", "COUNT", COUNT, "BLOCK", wait_ms, "STREAMS", *places))]
+
+    async def _read_each(self, wait_ms: int) -> list[Reply]:
+        """Streams of several slots cannot be waited for together: they are looked at again and again."""
+        deadline = asyncio.get_running_loop().time() + wait_ms / 1000
+        while True:
+            commands = [pack("XREAD", "COUNT", COUNT, "STREAMS", *place) for place in self._position.items()]
+            replies = await self._link.call_many(commands)
+            for reply in replies:
+                if isinstance(reply, StoreError):
+                    raise reply
+            if any(replies) or asyncio.get_running_loop().time() > deadline:
+                return [reply for reply in replies if not isinstance(reply, StoreError)]
+            await asyncio.sleep(LOOK_S)
 
     async def _facts(self) -> list[dict[str, str]]:
         """XINFO STREAM of each; empty for one that does not exist."""
-        replies = await self._connection.call_many([pack("XINFO", "STREAM", stream) for stream in self._position])
+        replies = await self._link.call_many([pack("XINFO", "STREAM", stream) for stream in self._position])
         return [_pairs(reply) for reply in replies]
 
     def _seen(self, reply: Reply) -> Iterator[Seen]:

@@ -20,6 +20,11 @@ class Link(Protocol):
     def lost(self) -> asyncio.Future[None]: ...
 
     @property
+    def nodes(self) -> Sequence[Connection]:
+        """Each primary."""
+        ...
+
+    @property
     def round_trips(self) -> int: ...
 
     def call(self, command: bytes, draft: bytes = b"") -> asyncio.Future[Reply]:

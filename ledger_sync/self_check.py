@@ -1,0 +1,54 @@
+"""At a start: whether the hot store is one that anything may rest on. The rules are entitlement.hot_store_health's."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import structlog
+
+from entitlement import hot_store_health
+from entitlement.errors import InvalidArgument, Unavailable
+from entitlement.examination import Check, Outcome
+from entitlement.redis_address import Endpoint
+from ledger_sync.hot_store import Facts, HotStore
+
+_REFUSED: Final = (
+    ("AuthenticationError", "its user or password is refused; correct it, or redis_password_file"),
+    ("certificate verify failed", "its certificate is not the right one; correct redis_ca, or the host"),
+    ("redis_password_file", "the file of redis_password_file cannot be read"),
+)
+
+log = structlog.get_logger(__name__)
+
+
+async def self_check(hot: HotStore, endpoint: Endpoint, mode: str) -> None:
+    """InvalidArgument: it does not take us for who we say we are; or it loses data or is unsafe, and `mode` is refuse.
+    One that is away is not held against: it may come.
+    """
+    try:
+        facts = await hot.facts()
+    except Unavailable as error:
+        _refused(error)
+        log.warning("the hot store was not looked at", why=str(error))
+        return
+    if mode != "off":
+        _judge(facts, hot, endpoint, mode)
+
+
+def _refused(error: Unavailable) -> None:
+    text = f"{type(error.__cause__).__name__}: {error}"
+    for sign, problem in _REFUSED:
+        if sign in text:
+            raise InvalidArgument("redis_url", problem) from None
+
+
+def _judge(facts: Facts, hot: HotStore, endpoint: Endpoint, mode: str) -> None:
+    failed: list[Check] = []
+    for info, config, may in facts.nodes:
+        beyond = () if endpoint.is_local else may
+        for check in hot_store_health.judge_start(info, config, cluster=hot.is_cluster, may=beyond):
+            if check.outcome is not Outcome.OK:
+                log.warning("hot store", check=check.name, found=check.found, fix=check.fix, checks=mode)
+                failed.append(check)
+    if mode == "refuse" and (why := hot_store_health.complaint(failed)):
+        raise InvalidArgument("redis_url", f"{why}; or say redis_checks = warn")
