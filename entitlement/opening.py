@@ -72,9 +72,13 @@ class Opening(msgspec.Struct, frozen=True):
 
 
 def agreed(found: Sequence[object]) -> Opening | None:
-    """The word that all keys of keys.openings hold. None: one of them is missing, or says something else."""
-    first = found[0] if found else None
-    return Opening.parse(first) if isinstance(first, bytes) and all(one == first for one in found) else None
+    """The word that all keys of keys.openings hold. None: one of them is missing, or names another opening. The line of
+    replication may have got another name in some of them, while that is being told.
+    """
+    words = [text for text in found if isinstance(text, bytes)]
+    if not words or len(words) < len(found) or len({text.partition(b"/")[0] for text in words}) > 1:
+        return None
+    return Opening.parse(words[0])
 
 
 def joint(servers: Sequence[Server]) -> Server:

@@ -45,7 +45,8 @@ KUBERNETES = ("1.30.0", "1.34.0", "1.37.0")  # the oldest that the chart allows,
 MODES = ("deployment", "daemonset", "sidecar")
 SETTINGS = {"ENTITLEMENT_GATEWAY_": gateway_settings, "ENTITLEMENT_SYNC_": sync_settings}
 # What is not for a chart's user to say: the secret comes as a variable.
-LEFT_OUT: dict[str, set[str]] = {"gateway": set(), "ledgerSync": {"webhook_secret_file"}}
+# Secrets come as variables.
+LEFT_OUT = {"gateway": {"redis_password_file"}, "ledgerSync": {"redis_password_file", "webhook_secret_file"}}
 NEEDED: dict[str, Any] = {"redis": {"urlSecret": {"name": "redis"}}, "postgresql": {"urlSecret": {"name": "ledger"}}}
 SECRET = re.compile(r"URL|SECRET|PASSWORD|PUBLISHER|TOKEN")  # variables whose values may be one
 NAME = "shop-entitlement-gateway"
@@ -180,7 +181,7 @@ def loaded(prefix: str, name: str, value: object) -> object:
 @pytest.mark.parametrize("name", CASES)
 def test_the_processes_take_what_they_are_told(name: str) -> None:
     """Their own check of all settings together; of Secrets, something of the right shape."""
-    shapes = {"REDIS_URL": "redis://x:6379/0", "DATABASE_URL": "postgresql://x/y", "PUBLISHER": "none:"}
+    shapes = {"REDIS_URL": "rediss://:p@x:6379/0", "DATABASE_URL": "postgresql://x/y", "PUBLISHER": "none:"}
     shapes |= {"WEBHOOK_URL": "https://example.com/", "WEBHOOK_SECRET": "whsec_c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0"}
     for container in containers(case(name)):
         for prefix, of in SETTINGS.items():

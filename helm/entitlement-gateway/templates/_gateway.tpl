@@ -5,6 +5,7 @@
 - name: ENTITLEMENT_GATEWAY_REDIS_URL
   valueFrom:
     secretKeyRef: {{ include "entitlement-gateway.redisSecret" . | nindent 6 }}
+{{- include "entitlement-gateway.redisTls" (list "ENTITLEMENT_GATEWAY" .) }}
 - name: ENTITLEMENT_GATEWAY_LISTEN
   value: "{{ if $alone }}127.0.0.1{{ else }}0.0.0.0{{ end }}:{{ int64 .Values.gateway.port }}"
 - name: ENTITLEMENT_GATEWAY_TENANT
@@ -52,6 +53,9 @@ volumeMounts:
 {{- if .Values.gateway.tls.secretName }}
   - {name: entitlement-tls, mountPath: /etc/entitlement/tls, readOnly: true}
 {{- end }}
+{{- if .Values.redis.tls.secretName }}
+  - {name: entitlement-redis-tls, mountPath: /etc/entitlement/redis, readOnly: true}
+{{- end }}
 {{- if .Values.gateway.frontdoor }}
   - {name: entitlement-frontdoor, mountPath: /etc/entitlement/frontdoor, readOnly: true}
 {{- end }}
@@ -70,6 +74,10 @@ volumeMounts:
 {{- else if eq $receipts.kind "hostPath" }}
 - name: entitlement-receipts
   hostPath: {path: {{ $receipts.hostPath | quote }}, type: DirectoryOrCreate}
+{{- end }}
+{{- with .Values.redis.tls.secretName }}
+- name: entitlement-redis-tls
+  secret: {secretName: {{ . | quote }}}
 {{- end }}
 {{- with .Values.gateway.tls.secretName }}
 - name: entitlement-tls

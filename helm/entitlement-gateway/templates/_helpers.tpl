@@ -42,6 +42,33 @@ key: {{ .Values.redis.urlSecret.key }}
 {{- end -}}
 {{- end -}}
 
+{{/* The same for ledger_sync, which may have a user of its own. */}}
+{{- define "entitlement-gateway.redisSecret.sync" -}}
+{{- $own := .Values.redis.ledgerSyncUrlSecret -}}
+{{- if and $own.name (not .Values.trial.enabled) -}}
+name: {{ $own.name }}
+key: {{ $own.key }}
+{{- else -}}
+{{ include "entitlement-gateway.redisSecret" . }}
+{{- end -}}
+{{- end -}}
+
+{{/* Takes a prefix and a scope. */}}
+{{- define "entitlement-gateway.redisTls" -}}
+{{- $prefix := index . 0 -}}
+{{- $tls := (index . 1).Values.redis.tls -}}
+{{- if $tls.secretName }}
+- name: {{ $prefix }}_REDIS_CA
+  value: /etc/entitlement/redis/ca.crt
+{{- if $tls.clientCertificate }}
+- name: {{ $prefix }}_REDIS_CERT
+  value: /etc/entitlement/redis/tls.crt
+- name: {{ $prefix }}_REDIS_KEY
+  value: /etc/entitlement/redis/tls.key
+{{- end }}
+{{- end }}
+{{- end -}}
+
 {{- define "entitlement-gateway.databaseSecret" -}}
 {{- if .Values.trial.enabled -}}
 name: {{ include "entitlement-gateway.fullname" . }}-trial

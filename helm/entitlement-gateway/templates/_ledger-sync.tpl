@@ -9,7 +9,8 @@
 {{ include "entitlement-gateway.sync.databaseEnv" . }}
 - name: ENTITLEMENT_SYNC_REDIS_URL
   valueFrom:
-    secretKeyRef: {{ include "entitlement-gateway.redisSecret" . | nindent 6 }}
+    secretKeyRef: {{ include "entitlement-gateway.redisSecret.sync" . | nindent 6 }}
+{{- include "entitlement-gateway.redisTls" (list "ENTITLEMENT_SYNC" .) }}
 - name: ENTITLEMENT_SYNC_LISTEN
   value: "0.0.0.0:{{ int64 .Values.ledgerSync.port }}"
 - name: ENTITLEMENT_SYNC_INSECURE
