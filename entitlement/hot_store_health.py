@@ -37,6 +37,24 @@ NOT_NEEDED: Final = (
     *("GET of-somebody-else",),
 )
 
+# What ledger_sync calls, as it does.
+SYNC_NEEDS: Final = (
+    *("GET a:{0}:x", "SET a:{0}:x 1", "DEL a:{0}:x", "PEXPIRE a:{0}:x 1", "HGETALL a:{0}:x", "HSET a:{0}:x f 1"),
+    *("HSETNX a:{0}:x f 1", "HDEL a:{0}:x f", "SET i:{0}:x 1", "ZADD x:{0} 1 m", "ZRANGE x:{0} 0 1", "ZREM x:{0} m"),
+    *("XADD j:{0} * r 1", "XREADGROUP GROUP g c STREAMS j:{0} >", "XAUTOCLAIM j:{0} g c 0 0", "XACK j:{0} g 1-1"),
+    *("XTRIM j:{0} MINID 1", "XPENDING j:{0} g", "XGROUP CREATE j:{0} g 0", "XINFO STREAM j:{0}", "XINFO GROUPS j:{0}"),
+    *(
+        "LPOP l:{0} 1",
+        "BLPOP l:{0} 1",
+        "RPUSH l:{0} 1",
+        "SRANDMEMBER ent:denied 1",
+        "SREM ent:denied x",
+        "SET ent:open x",
+    ),
+    *("HSET ent:settled 0 x", "PUBLISH ent:loaded x", "MULTI", "EXEC", "INFO server", "TIME", "EVALSHA 0 1 a:{0}:x"),
+    *("SET ent:open x", "SCRIPT LOAD 0"),
+)
+
 # ARGV: commands, words divided by spaces. Returns those that the caller may not run. Runs none of them.
 MAY: Final = """
 local denied = {}

@@ -20,7 +20,7 @@ from entitlement.quantity import MAX_NANOS
 from entitlement.v1 import ledger_pb2 as pb
 from ledger_sync import examine_database, quarantine
 from ledger_sync.examine_database import PATIENCE_S
-from ledger_sync.hot_store import HotStore
+from ledger_sync.hot_store import HotStore, Node
 from ledger_sync.journal_reader import Lag
 from ledger_sync.patrol import Patrol
 from ledger_sync.worker import Health
@@ -87,8 +87,10 @@ class Examiner:
         found.journal_lag = lag.records
         if lag.records:
             found.oldest_unsettled.CopyFrom(_at(lag.oldest_ms / 1000))
-        judged = [hot_store_health.judge(info, config, cluster=self._hot.is_cluster) for info, config, _ in facts.nodes]
-        return [*_merged(judged), hot_store_health.judge_opening(facts.opening, facts.server)]
+        cluster = self._hot.is_cluster
+        judged = [hot_store_health.judge(node.info, node.config, cluster=cluster) for node in facts.nodes]
+        opening = hot_store_health.judge_opening(facts.opening, facts.server)
+        return [*_merged(judged), opening, _rights(facts.nodes)]
 
     async def _sure_lag(self) -> Lag:
         """What seems late is looked at again: it may be on its way this moment, after a stop of everything."""
@@ -114,6 +116,16 @@ class Examiner:
             found.patrolled_at.CopyFrom(_at(self._patrol.rounded_s))
         if self._patrol.rounded_s or self._patrol.drifted:
             found.drifted, found.drift_nanos = self._patrol.drifted, min(self._patrol.drift_nanos, MAX_NANOS)
+
+
+def _rights(nodes: Sequence[Node]) -> Check:
+    """Whether its user of the hot store may do all that it has to."""
+    lacking = list(dict.fromkeys(line for node in nodes for line in node.lacking))
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        fix = "ACL LOAD with the users of helm/entitlement-gateway/files/users.acl (docs/redis.md)"
+        return fail(SYNC, "hot store user", f"it may not: {', '.join(lacking[:3])}{more}", fix)
+    return ok(SYNC, "hot store user", f"all {len(hot_store_health.SYNC_NEEDS)} commands that it needs")
 
 
 def _merged(judged: Sequence[Sequence[Check]]) -> Iterator[Check]:

@@ -52,12 +52,21 @@ class Call(msgspec.Struct, frozen=True):
     arguments: Sequence[Value]
 
 
-class Facts(msgspec.Struct, frozen=True):
-    """What each server says of itself: INFO, CONFIG GET by name (as far as it may be read), and what its user may do
-    that it has no need to; who they are together, and the key ent:open.
+class Node(msgspec.Struct, frozen=True):
+    """What a server says of itself: INFO, and CONFIG GET, as far as it may be read. What our user may do there that it
+    has no need to, and what it may not do and has to (both empty where the server is older than Redis 7).
     """
 
-    nodes: Sequence[tuple[Mapping[str, str], Mapping[str, str], Sequence[str]]]
+    info: Mapping[str, str]
+    config: Mapping[str, str]
+    beyond: Sequence[str]
+    lacking: Sequence[str]
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """Each server; who they are together, and the key ent:open."""
+
+    nodes: Sequence[Node]
     server: Server
     opening: bytes | None
 
@@ -391,7 +400,7 @@ class HotStore:
             await pipeline.execute()
 
 
-async def _facts_of(node: Redis) -> tuple[Mapping[str, str], Mapping[str, str], Sequence[str]]:
+async def _facts_of(node: Redis) -> Node:
     info: dict[str, str] = {}
     config: dict[str, str] = {}
     for section in hot_store_health.SECTIONS:
@@ -399,13 +408,21 @@ async def _facts_of(node: Redis) -> tuple[Mapping[str, str], Mapping[str, str], 
     for name in hot_store_health.CONFIG:
         with suppress(ResponseError):  # Not permitted, or hidden by who runs it.
             config |= {str(key): str(value) for key, value in (await node.config_get(name)).items()}
-    may: list[str] = []
-    with suppress(ResponseError):  # Older than Redis 7.
-        digest = await node.script_load(hot_store_health.MAY)
-        denied: object = await node.evalsha(_text(digest), 0, *hot_store_health.NOT_NEEDED)
-        told = {_text(line) for line in denied} if isinstance(denied, list) else set()
-        may = [line for line in hot_store_health.NOT_NEEDED if line not in told]
-    return info, config, may
+    beyond, lacking = list(hot_store_health.NOT_NEEDED), list(hot_store_health.SYNC_NEEDS)
+    try:
+        denied = await _denied(node, [*beyond, *lacking])
+    except ResponseError:
+        return Node(info, config, (), ())
+    return Node(
+        info, config, [line for line in beyond if line not in denied], [line for line in lacking if line in denied]
+    )
+
+
+async def _denied(node: Redis, lines: Sequence[str]) -> set[str]:
+    """Those that our user may not run."""
+    digest = await node.script_load(hot_store_health.MAY)
+    found: object = await node.evalsha(_text(digest), 0, *lines)
+    return {_text(line) for line in found} if isinstance(found, list) else set()
 
 
 @asynccontextmanager

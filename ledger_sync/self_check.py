@@ -44,9 +44,9 @@ def _refused(error: Unavailable) -> None:
 
 def _judge(facts: Facts, hot: HotStore, endpoint: Endpoint, mode: str) -> None:
     failed: list[Check] = []
-    for info, config, may in facts.nodes:
-        beyond = () if endpoint.is_local else may
-        for check in hot_store_health.judge_start(info, config, cluster=hot.is_cluster, may=beyond):
+    for node in facts.nodes:
+        may = () if endpoint.is_local else node.beyond
+        for check in hot_store_health.judge_start(node.info, node.config, cluster=hot.is_cluster, may=may):
             if check.outcome is not Outcome.OK:
                 log.warning("hot store", check=check.name, found=check.found, fix=check.fix, checks=mode)
                 failed.append(check)

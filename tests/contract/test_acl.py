@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from entitlement import hot_store_health
 from entitlement.redis_address import Endpoint
 from gateway.store import examine
 from ledger_sync.hot_store import HotStore
@@ -91,5 +92,18 @@ async def test_each_process_finds_its_user_sufficient_and_not_more(server: Valke
         facts = await hot.facts()
     finally:
         await hot.close()
-    ((_, config, beyond),) = facts.nodes
-    assert list(beyond) == [] and config["appendfsync"] == "everysec"
+    (node,) = facts.nodes
+    assert (list(node.beyond), list(node.lacking)) == ([], [])
+    assert node.config["appendfsync"] == "everysec"
+
+
+async def test_what_a_user_lacks_and_has_too_much_of_is_found(server: ValkeyProcess) -> None:
+    with process_client(server) as client:
+        client.execute_command("ACL", "SETUSER", "clumsy", "on", f">{PASSWORD}", "~*", "&*", "+@all", "-xack", "-zadd")
+    hot = HotStore.connect(f"unix://clumsy:{PASSWORD}@{server.path}")
+    try:
+        (node,) = (await hot.facts()).nodes
+    finally:
+        await hot.close()
+    assert set(node.beyond) == set(hot_store_health.NOT_NEEDED)
+    assert [line.split(" ")[0] for line in node.lacking] == ["ZADD", "XACK"]
