@@ -56,9 +56,7 @@ class Process:
         self._target = target_of(settings)
         self.traces = opened(on=settings.tracing)
         self._publisher = self.traces.publisher(
-            open_publisher(
-                settings.publisher, deadline_ms=settings.publisher_deadline_ms, hot_store=settings.redis
-            )
+            open_publisher(settings.publisher, deadline_ms=settings.publisher_deadline_ms, hot_store=settings.redis)
         )
         self._readers = [
             JournalReader.connect(settings.redis, range(lane, settings.partitions, settings.lanes), settings.consumer)
