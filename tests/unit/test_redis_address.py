@@ -75,7 +75,8 @@ def test_no_password_beyond_this_machine_has_to_be_asked_for(load: object) -> No
     prefix = gateway_settings.PREFIX if load is gateway_settings.load else sync_settings.PREFIX
 
     def given(**more: str) -> object:
-        return load({f"{prefix}{name.upper()}": value for name, value in more.items()})  # type: ignore[operator]
+        named = more | ({"anonymous": "all"} if load is gateway_settings.load else {})
+        return load({f"{prefix}{name.upper()}": value for name, value in named.items()})  # type: ignore[operator]
 
     for url in ("redis://cache", "redis+sentinel://127.0.0.1,cache/hot", "redis+cluster://cache"):
         with pytest.raises(InvalidArgument, match=r"^redis_url: .* redis_password_file, .* insecure = true"):
