@@ -13,6 +13,7 @@ from entitlement.errors import Unavailable
 from entitlement.opening import Opening
 from entitlement.redis_address import Endpoint
 from gateway.store import examine
+from gateway.store.journal_tail import JournalTail
 from gateway.store.link import look, reach
 from gateway.store.redis_store import RedisStore
 from ledger_sync.hot_store import HotStore
@@ -102,6 +103,21 @@ async def test_a_node_that_has_forgotten_the_scripts_is_told_them_again(
         node.client.script_flush()
     for name in NAMES[:6]:
         await spend(store, name, f"flushed-{name}")
+
+
+async def test_the_journal_of_every_primary_is_followed(cluster: ValkeyCluster, store: RedisStore) -> None:
+    tail = await JournalTail.connect(Endpoint.parse(cluster.url), keys.PARTITIONS)
+    try:
+        await tail.begin()
+        for name in NAMES:
+            await spend(store, name, f"followed-{name}")
+        seen: set[str] = set()
+        while not seen >= set(NAMES):
+            found = await tail.next(1_000)
+            assert found, NAMES
+            seen |= {each.record.customer for each in found}
+    finally:
+        tail.close()
 
 
 async def test_the_word_for_a_cluster_is_lost_with_any_part_of_it(cluster: ValkeyCluster, hot: HotStore) -> None:
