@@ -420,7 +420,7 @@ async def _facts_of(node: Redis) -> Node:
 
 async def _denied(node: Redis, lines: Sequence[str]) -> set[str]:
     """Those that our user may not run."""
-    digest = await node.script_load(hot_store_health.MAY)
+    digest = await node.script_load(lua.script("may"))
     found: object = await node.evalsha(_text(digest), 0, *lines)
     return {_text(line) for line in found} if isinstance(found, list) else set()
 

@@ -81,15 +81,18 @@ class JournalReader:
                 if found.identity.run_id != opening.identity.run_id:
                     await self._client.connection_pool.disconnect(inuse_connections=False)
                     raise Unavailable("hot store: it is not the one that has been opened")
-            async with self._client.pipeline(transaction=False) as pipeline:
-                for stream in self._streams:
-                    pipeline.xgroup_create(stream, keys.GROUP, id="0", mkstream=True)
-                replies = await pipeline.execute(raise_on_error=False)
-            for reply in replies:
-                if isinstance(reply, Exception) and "BUSYGROUP" not in str(reply):
-                    raise reply
+            await self._make_groups()
         for stream in self._streams:
             await self._take_over(stream)
+
+    async def _make_groups(self) -> None:
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for stream in self._streams:
+                pipeline.xgroup_create(stream, keys.GROUP, id="0", mkstream=True)
+            replies = await pipeline.execute(raise_on_error=False)
+        for reply in replies:
+            if isinstance(reply, Exception) and "BUSYGROUP" not in str(reply):
+                raise reply
 
     async def _take_over(self, stream: str) -> None:
         start: str | bytes = "0-0"
@@ -139,7 +142,7 @@ class JournalReader:
 
     async def _read_each(self, positions: Mapping[str, bytes], count: int, block_ms: int = 0) -> Entries:
         """Of a cluster nobody can read streams of several slots in one command, or wait for them: they are looked at
-        again and again, all of one primary in one write.
+        again and again, all of one primary in one write. What was read counts, although another stream has vanished.
         """
         loop, pause_s = asyncio.get_running_loop(), POLL_S
         deadline = loop.time() + block_ms / 1000
@@ -147,14 +150,27 @@ class JournalReader:
             async with self._client.pipeline(transaction=False) as pipeline:
                 for stream, position in positions.items():
                     pipeline.execute_command(*self._reading(count), "STREAMS", stream, position)
-                replies = await pipeline.execute()
-            entries: Entries = {}
-            for reply in replies:
-                entries |= _entries(reply)
+                replies = await pipeline.execute(raise_on_error=False)
+            entries = await self._whole(replies)
             if entries or loop.time() >= deadline:
                 return entries
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, POLL_MOST_S)
+
+    async def _whole(self, replies: Sequence[object]) -> Entries:
+        """An error ends the reading: then all that was read comes again. Only a vanished stream is no reason to."""
+        entries: Entries = {}
+        vanished = False
+        for reply in replies:
+            if isinstance(reply, ResponseError) and "NOGROUP" in str(reply):
+                vanished = True
+            elif isinstance(reply, Exception):
+                raise reply
+            else:
+                entries |= _entries(reply)
+        if vanished:
+            await self._make_groups()
+        return entries
 
     def _reading(self, count: int) -> list[str | bytes | int]:
         return ["XREADGROUP", "GROUP", keys.GROUP, self._consumer, "COUNT", count]

@@ -26,6 +26,7 @@ _KEYLESS: Final = frozenset(
     ("INFO", "TIME", "PUBLISH", "CONFIG GET", "CLUSTER SLOTS", "PING", "ACL DRYRUN", "ACL WHOAMI")
 )
 _SLOTS: Final = "CLUSTER SLOTS"
+_LOAD: Final = "SCRIPT LOAD"
 
 Command = tuple[tuple[Any, ...], Mapping[str, Any]]  # words, and options for who reads the answer
 
@@ -58,6 +59,10 @@ class ClusterRedis(Redis):
         return self._nodes[next(span.place for span in self._spans if span.first <= slot <= span.last)]
 
     async def execute_command(self, *words: Any, **options: Any) -> Any:
+        if words[0] == _LOAD:  # Any of them may be asked to run it.
+            nodes = await self.primaries()
+            loads = [node.execute_command(*words, **options) for node in nodes]  # type: ignore[no-untyped-call]
+            return (await asyncio.gather(*loads))[0]
         node = await self._who(words)
         try:
             return await self._watched(node.execute_command(*words, **options))  # type: ignore[no-untyped-call]
@@ -70,10 +75,6 @@ class ClusterRedis(Redis):
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> _Parts:
         """A transaction is one for each slot."""
         return _Parts(self, transaction)
-
-    async def script_load(self, script: Any) -> Any:
-        found = await asyncio.gather(*[node.script_load(script) for node in await self.primaries()])
-        return found[0]
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
         for client in (*self._nodes.values(), *self._gone):

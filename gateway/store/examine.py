@@ -13,6 +13,7 @@ from entitlement import hot_store_health, keys
 from entitlement.errors import InvalidArgument, Unavailable
 from entitlement.examination import Check, Outcome, fail, ok, warn
 from entitlement.hot_store_health import COMPONENT
+from entitlement.lua import script
 from entitlement.redis_address import Endpoint, Shape
 from gateway.store.connection import Connection, Reply, StoreError, pack
 from gateway.store.link import Link, identify, reach
@@ -183,7 +184,7 @@ async def _permission(connection: Connection) -> Check:
 
 async def _denied(connection: Connection, calls: Sequence[str]) -> Reply:
     """Those that its user may not run; by a script that is named, for EVAL itself may be denied."""
-    sha = await connection.call(pack("SCRIPT", "LOAD", hot_store_health.MAY))
+    sha = await connection.call(pack("SCRIPT", "LOAD", script("may")))
     assert isinstance(sha, bytes)
     return await connection.call(pack("EVALSHA", sha, 0, *calls))
 

@@ -10,6 +10,7 @@ from entitlement import keys
 from entitlement.account import Billing
 from entitlement.decision import Decision, Limits, Verdict
 from entitlement.errors import Unavailable
+from entitlement.journal import FIELD
 from entitlement.opening import Opening
 from entitlement.redis_address import Endpoint
 from gateway.store import examine
@@ -17,6 +18,7 @@ from gateway.store.journal_tail import JournalTail
 from gateway.store.link import look, reach
 from gateway.store.redis_store import RedisStore
 from ledger_sync.hot_store import HotStore
+from ledger_sync.journal_reader import JournalReader
 from tests.hot_stores import TENANT, TOKENS, account, charge, request
 from tests.valkey_cluster import ValkeyCluster
 
@@ -118,6 +120,22 @@ async def test_the_journal_of_every_primary_is_followed(cluster: ValkeyCluster, 
             seen |= {each.record.customer for each in found}
     finally:
         tail.close()
+
+
+async def test_what_was_read_counts_although_another_stream_has_vanished(cluster: ValkeyCluster) -> None:
+    first, other = (keys.journal(1_000 + number) for number in range(2))
+    clients = [cluster.owner(keys.slot_of(name.encode())).client for name in (first, other)]
+    reader = JournalReader.connect(cluster.url, [1_000, 1_001], "test")
+    try:
+        await reader.join()
+        clients[0].xadd(first, {FIELD: b"x"}, id="1-1")
+        clients[1].delete(other)
+        entries, _ = await reader.new(0)
+        assert entries == {first: [(b"1-1", b"x")]}
+        clients[1].xadd(other, {FIELD: b"y"}, id="2-2")
+        assert (await reader.new(1_000))[0] == {other: [(b"2-2", b"y")]}
+    finally:
+        await reader.close()
 
 
 async def test_the_word_for_a_cluster_is_lost_with_any_part_of_it(cluster: ValkeyCluster, hot: HotStore) -> None:
