@@ -45,7 +45,7 @@ def load(redis: str) -> settings.Settings:
     """The gateway's settings as they are here; `redis`, when given, instead of its URL."""
     environment = dict(os.environ) | ({f"{settings.PREFIX}REDIS_URL": redis} if redis else {})
     try:
-        return settings.load(environment)
+        return settings.load(environment, serves=False)
     except InvalidArgument as error:
         raise Problem(f"error: {error}") from None
 

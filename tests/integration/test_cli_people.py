@@ -56,6 +56,7 @@ def settings(stack: DevStack) -> dict[str, str]:
         "ENTITLEMENT_ADMIN_ADDRESS": stack.admin,
         "ENTITLEMENT_GATEWAY_REDIS_URL": stack.redis_url,
         "ENTITLEMENT_GATEWAY_RECEIPTS_DIR": str(stack.data / "receipts"),
+        "ENTITLEMENT_GATEWAY_ANONYMOUS": "all",
         "ENTITLEMENT_SYNC_DATABASE_URL": stack.database_url,
     }
 
