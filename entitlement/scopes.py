@@ -30,13 +30,12 @@ _GATEWAY: Final[dict[str, Scope]] = {
 _LEDGER_READS: Final = (
     *("ListFeatures", "ListRateCards", "ListCustomers", "ListContracts", "ListGrants", "ListRecurringGrants"),
     *("GetInvoice", "ListInvoices", "ListDeadLetters", "ListQuarantine", "ListTransactions", "Explain", "Examine"),
-    "PreviewRerate",
+    *("PreviewRerate", "Verify", "ListAudit", "VerifyAudit"),
 )
 _LEDGER_CHANGES: Final = (
     *("PutFeature", "PutRateCard", "PutCustomer", "PutContract", "CreateGrant", "VoidGrant", "RecordUsage"),
     *("CloseBackfill", "RevertBackfill", "Rerate", "VoidInvoice", "RetryDeadLetters"),
     *("RetryQuarantine", "DropQuarantine"),
-    "Verify",  # It can repair.
 )
 SCOPES: Final[dict[str, Scope]] = {
     **{f"/entitlement.v1.EntitlementGateway/{name}": scope for name, scope in _GATEWAY.items()},
@@ -50,18 +49,35 @@ OPEN: Final = frozenset(
     f"/grpc.health.v1.Health/{name}" for name in ("Check", "Watch", "List")
 )  # It tells of no tenant, and probes have no credentials.
 
+# Methods that look, and change something where this field of the message is set: `admin` then.
+_CHANGES_WITH: Final = {"/entitlement.v1.LedgerAdmin/Verify": "repair"}
+
+# What is not one customer's, in messages that name theirs.
+_SHARED: Final = {"/entitlement.v1.LedgerAdmin/RecordUsage": "backfill_id"}
+
 # Where a message names its customer by another field.
 _ELSEWHERE: Final = {"entitlement.v1.Customer": "id"}
 
 Names = Callable[[Message], Iterator[str]]
 
 
-def check(identity: Identity, tenant: str, method: str) -> None:
+def changes(method: str, message: Message | None = None) -> bool:
+    """Whether a call may change the catalogue, customers, money or the ledger's state."""
+    return scope_of(method, message) == "admin"
+
+
+def scope_of(method: str, message: Message | None = None) -> Scope | None:
+    """What a call asks for, by its message where that is known; None: nobody may call the method."""
+    field = _CHANGES_WITH.get(method) if message is not None else None
+    return "admin" if field and getattr(message, field) else SCOPES.get(method)
+
+
+def check(identity: Identity, tenant: str, method: str, message: Message | None = None) -> None:
     """Raises PermissionDenied where an identity may not call a method of this tenant."""
-    scope = SCOPES.get(method, "")
+    scope = scope_of(method, message)
     if identity.tenant != tenant:
         raise PermissionDenied("tenant: is not yours")
-    if scope not in identity.scopes:
+    if scope is None or scope not in identity.scopes:
         raise PermissionDenied(f"scope: {scope or 'no scope'} is not yours; {method.rpartition('/')[2]} asks for it")
 
 
@@ -69,6 +85,13 @@ def check_customers(identity: Identity, named: list[str], *, first: bool) -> Non
     """For an identity that is limited to some customers: a call has to name one, and it must be among them."""
     if (first and not named) or not all(map(identity.may_touch, named)):
         raise PermissionDenied("customer: is not yours, or the call names none")
+
+
+def check_limited(method: str, message: Message) -> None:
+    """For such an identity: the message, whose customers are its own, reaches nothing that others share."""
+    field = _SHARED.get(method)
+    if field and getattr(message, field):
+        raise PermissionDenied(f"{field}: is not one customer's; only an identity of all customers may use it")
 
 
 def names_of(message: Descriptor) -> Names:

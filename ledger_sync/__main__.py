@@ -18,7 +18,7 @@ from entitlement.redaction import Redactor
 from ledger_sync import migrations, telemetry
 from ledger_sync.process import Process, open_ledger
 from ledger_sync.publisher import BadPublisher
-from ledger_sync.settings import Settings, load
+from ledger_sync.settings import Settings, check_access, load
 
 
 async def serve(settings: Settings) -> None:
@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] = ()) -> int:
         return 2
     try:
         settings = load()
+        if not arguments:
+            check_access(settings)
         telemetry.configure_logs(settings.log_level, settings.redactor)
         structlog.get_logger("ledger_sync").info("starting", settings=repr(settings))
         uvloop.run(migrate(settings) if arguments else serve(settings))

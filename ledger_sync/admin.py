@@ -1,6 +1,7 @@
 """LedgerAdmin over gRPC: who asks and what an error is called. Nothing is decided here.
 
-The actor of a change is the caller's `x-actor` metadata, 'unknown' without; it goes to the audit log.
+The actor of a change is the caller's identity and its `x-actor` metadata (ledger_sync/callers.py): it goes to the audit
+log.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from entitlement.errors import EntitlementError, IdempotencyMismatch, InvalidArg
 from entitlement.quantity import MAX_NANOS
 from entitlement.v1 import ledger_pb2 as pb
 from entitlement.v1.ledger_pb2_grpc import LedgerAdminServicer
+from ledger_sync import callers
 from ledger_sync.control import ControlPlane
 from ledger_sync.ledger import LedgerUnavailable
 from ledger_sync.reconcile import Report
 from ledger_sync.refusals import AlreadyExists, FailedPrecondition, NotFound
-from ledger_sync.translate import check_text, page_of
+from ledger_sync.translate import page_of
 
-MAX_ACTOR_BYTES: Final = 128
 MAX_DRIFTS: Final = 1_000  # in one report; more are counted
 
 # What an error is called on the wire; the first that fits.
@@ -49,7 +50,7 @@ def _answered(
 
     async def answer(self: LedgerAdmin, request: Asked, context: Context[Asked, Answer]) -> Answer:
         try:
-            return await call(self, request, _actor(context))
+            return await call(self, request, callers.actor(context.invocation_metadata() or ()))
         except EntitlementError as error:
             await _refuse(context, error)
         except Exception as error:  # The edge: a fault of ours is counted and told as such, without its insides.
@@ -64,13 +65,6 @@ async def _refuse(context: Context[Asked, Answer], error: EntitlementError) -> N
     if code is grpc.StatusCode.INTERNAL:
         log.error("admin call refused", error=str(error))
     await context.abort(code, str(error))
-
-
-def _actor(context: Context[Asked, Answer]) -> str:
-    for name, value in context.invocation_metadata() or ():
-        if name == "x-actor" and isinstance(value, str) and value:
-            return check_text("x-actor", value, MAX_ACTOR_BYTES)
-    return "unknown"
 
 
 class LedgerAdmin(LedgerAdminServicer):
@@ -215,6 +209,14 @@ class LedgerAdmin(LedgerAdminServicer):
     @_answered
     async def VoidInvoice(self, request: pb.VoidInvoiceRequest, actor: str) -> pb.Invoice:
         return await self._control.invoices.void(request, actor)
+
+    @_answered
+    async def ListAudit(self, request: pb.ListRequest, actor: str) -> pb.ListAuditResponse:
+        return await self._control.audit.list(page_of(request, after=(int,), times=True))
+
+    @_answered
+    async def VerifyAudit(self, request: pb.VerifyAuditRequest, actor: str) -> pb.AuditReport:
+        return await self._control.audit.verify(request)
 
     @_answered
     async def Examine(self, request: pb.ExamineRequest, actor: str) -> pb.Examination:

@@ -1,4 +1,4 @@
-"""Serves LedgerAdmin with grpcio: TCP and Unix sockets, health, reflection when asked for."""
+"""Serves LedgerAdmin with grpcio: TCP, with TLS or without, and Unix sockets; health; reflection when asked for."""
 
 from __future__ import annotations
 
@@ -14,22 +14,35 @@ from entitlement.errors import InvalidArgument
 from entitlement.v1 import ledger_pb2
 from entitlement.v1.ledger_pb2_grpc import LedgerAdminServicer, add_LedgerAdminServicer_to_server
 from ledger_sync.admin_guard import GuardedServer
+from ledger_sync.certificates import Certificates
 
 SERVICE: Final = ledger_pb2.DESCRIPTOR.services_by_name["LedgerAdmin"].full_name
 LOOP: Final = "loop/"
 COMPONENT: Final = "component/"
 MAX_MESSAGE_BYTES: Final = 4_194_304
 MAX_METADATA_BYTES: Final = 16_384
+SOCKET_MODE: Final = 0o660
 MAX_CALLS: Final = 256  # at once; more are refused with RESOURCE_EXHAUSTED
 
 _STATUS: Final = {True: health_pb2.HealthCheckResponse.SERVING, False: health_pb2.HealthCheckResponse.NOT_SERVING}
 
 
 class AdminServer:
-    """A grpc.aio server on every address. `addresses` are the bound ones after start."""
+    """A grpc.aio server on every address. `addresses` are the bound ones after start. `guard` sees every call first;
+    with `certificates`, TCP addresses serve TLS.
+    """
 
-    def __init__(self, servicer: LedgerAdminServicer, listen: tuple[str, ...], *, reflected: bool) -> None:
+    def __init__(
+        self,
+        servicer: LedgerAdminServicer,
+        listen: tuple[str, ...],
+        *,
+        guard: grpc.aio.ServerInterceptor,
+        reflected: bool,
+        certificates: Certificates | None = None,
+    ) -> None:
         self._listen = listen
+        self._certificates = certificates
         self._told: dict[str, bool] = {}
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
@@ -40,6 +53,7 @@ class AdminServer:
                 ("grpc.per_message_decompression", 0),  # It inflates whatever comes: GuardedServer does it, bounded.
                 ("grpc.so_reuseport", 0),
             ],
+            interceptors=[guard],
             maximum_concurrent_rpcs=MAX_CALLS,
         )
         guarded = GuardedServer(self._server, MAX_MESSAGE_BYTES)
@@ -85,12 +99,16 @@ class AdminServer:
             if path.is_socket():
                 path.unlink()  # Left behind by a process that was killed.
             self._add(address)
+            path.chmod(SOCKET_MODE)
             return address
         return f"{address.rpartition(':')[0]}:{self._add(address)}"
 
     def _add(self, address: str) -> int:
         try:
-            port = self._server.add_insecure_port(address)
+            if self._certificates and not address.startswith("unix:"):
+                port = self._server.add_secure_port(address, self._certificates.credentials())
+            else:
+                port = self._server.add_insecure_port(address)
         except RuntimeError:
             port = 0
         if not port:

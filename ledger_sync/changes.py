@@ -9,6 +9,7 @@ import msgspec
 
 from entitlement.account import Config
 from entitlement.errors import InvalidArgument
+from ledger_sync import callers
 from ledger_sync.posting import timestamp
 from ledger_sync.refusals import NotFound
 
@@ -114,8 +115,9 @@ async def book(connection: Connection, transaction: Transaction) -> int:
 async def audit(connection: Connection, tenant: str, actor: str, action: str, subject: str, detail: str = "") -> None:
     """One line for each administrative change, in the change's own transaction."""
     await connection.execute(
-        "INSERT INTO audit (tenant, actor, action, subject, outcome, detail) VALUES ($1, $2, $3, $4, 'done', $5)",
-        *(tenant, actor, action, subject, detail[:MAX_DETAIL]),
+        """INSERT INTO audit (tenant, actor, action, subject, outcome, detail, source)
+           VALUES ($1, $2, $3, $4, 'done', $5, $6)""",
+        *(tenant, actor, action, subject, detail[:MAX_DETAIL], callers.source()),
     )
 
 

@@ -101,7 +101,7 @@ SELECT (SELECT count(*) FROM usage_events WHERE tenant = $1 AND ($2 = '' OR cust
        (SELECT (coalesce(sum(amount), 0) + (SELECT coalesce(sum(difference), 0) FROM corrections
                                             WHERE tenant = $1 AND ($2 = '' OR customer = $2)))::text FROM usage_events
         WHERE tenant = $1 AND ($2 = '' OR customer = $2)) AS total,
-       (SELECT count(*) FROM outbox) AS outbox_pending,
+       (SELECT count(*) FROM outbox WHERE $2 = '' OR (tenant, customer) = ($1, $2)) AS outbox_pending,
        (SELECT coalesce(sum(gaps), 0)::bigint FROM accounts WHERE tenant = $1 AND ($2 = '' OR customer = $2)) AS gaps"""
 
 # By kind of part; $1 is what the projection should say. Revenue is none: it cannot be repaired, only explained.

@@ -11,6 +11,8 @@ import structlog
 from entitlement.decision import Limits
 from entitlement.errors import Unavailable
 from ledger_sync.allotments import Allotments
+from ledger_sync.audit_chain import AuditSealer
+from ledger_sync.audit_log import AuditLog
 from ledger_sync.backfill import Backfills
 from ledger_sync.beat import Beat
 from ledger_sync.catalog_publisher import CatalogPublisher
@@ -76,6 +78,7 @@ class ControlPlane:
         self.rerates = Rerates(ledger, hot, self.catalogs, tenant)
         self.dead_letters = DeadLetterStore(ledger, tenant)
         self.quarantine = Redriver(ledger, hot, tenant)
+        self.audit = AuditLog(ledger, tenant)
         self.reconciler = Reconciler(ledger, hot, self.pusher, tenant)
         self.patrol: Patrol | None = None  # whoever runs it sets it before
         self.examiner: Examiner | None = None  # as well
@@ -107,6 +110,7 @@ class ControlPlane:
             "pages": self.pages,
             "invoices": self.invoices,
             "top_ups": TopUps(self._ledger, self.pusher.wake),
+            "audit": AuditSealer(self._ledger),
         }
 
     async def run(self) -> None:

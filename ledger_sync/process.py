@@ -13,13 +13,17 @@ import structlog
 from entitlement import logs
 from entitlement.decision import Limits
 from entitlement.probes import Component, Components, Pulse
+from ledger_sync import rereading
 from ledger_sync.admin import LedgerAdmin
 from ledger_sync.admin_server import AdminServer
+from ledger_sync.attempts import Attempts
+from ledger_sync.certificates import Certificates
 from ledger_sync.control import ControlPlane
 from ledger_sync.drain import Drain
 from ledger_sync.examine import Examiner
 from ledger_sync.exposition import Exposition
 from ledger_sync.hot_store import HotStore
+from ledger_sync.identity import Guard
 from ledger_sync.journal_reader import JournalReader
 from ledger_sync.ledger import Ledger, LedgerUnavailable
 from ledger_sync.outbox import Outbox
@@ -62,9 +66,12 @@ class Process:
             JournalReader.connect(settings.redis, range(lane, settings.partitions, settings.lanes), settings.consumer)
             for lane in range(min(settings.lanes, settings.partitions))
         ]
+        self._keeper = rereading.doorkeeper(settings.access_files)
+        self._certificates = Certificates(settings) if settings.tls_cert else None
         self._hot = HotStore.connect(settings.redis, settings.partitions)
         self._ledger: Ledger | None = None
         self._admin: AdminServer | None = None
+        self._attempts: Attempts | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._pulse = Pulse(monotonic)
         self._control: ControlPlane | None = None
@@ -118,10 +125,20 @@ class Process:
         control.examiner = Examiner(
             *(ledger, self._hot, settings.tenant), lag=drain.lag, loops=worker.health, patrol=control.patrol
         )
-        self._admin = AdminServer(LedgerAdmin(control), settings.addresses, reflected=settings.reflection)
+        self._attempts = Attempts(ledger, settings.tenant)
+        guard = Guard(self._keeper, settings.tenant, anonymous=settings.anonymous, attempts=self._attempts)
+        self._admin = AdminServer(
+            *(LedgerAdmin(control), settings.addresses),
+            guard=guard,
+            reflected=settings.reflection,
+            certificates=self._certificates,
+        )
         await self._admin.start()
         self._soundings = Soundings(ledger, self._hot, self._figures)
-        work = (worker.run(), self._watch_health(self._admin, worker), self._soundings.run())
+        work = (
+            *(worker.run(), self._watch_health(self._admin, worker), self._soundings.run(), self._attempts.run()),
+            rereading.follow({"access": self._keeper} | ({"tls": self._certificates} if self._certificates else {})),
+        )
         self._tasks += [asyncio.create_task(each) for each in work]
         gc.collect()
         gc.freeze()
@@ -135,6 +152,8 @@ class Process:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._attempts:
+            await self._attempts.stop()
         for reader in self._readers:
             await reader.close()
         await self._hot.close()

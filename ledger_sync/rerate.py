@@ -68,7 +68,8 @@ FROM corrections c JOIN usage_events u ON u.tenant = c.tenant AND u.idempotency_
      LEFT JOIN corrections p ON p.tenant = c.tenant AND p.idempotency_key = c.idempotency_key AND p.no = c.no - 1
 WHERE c.tenant = $1 AND c.cause = $2"""
 
-_AUDITED: Final = "SELECT detail FROM audit WHERE tenant = $1 AND action = $2 AND subject = $3 ORDER BY id LIMIT 1"
+_AUDITED: Final = """
+SELECT detail FROM audit WHERE tenant = $1 AND action = $2 AND subject = $3 AND outcome = 'done' ORDER BY id LIMIT 1"""
 
 
 class Rerates:

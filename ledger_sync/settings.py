@@ -24,6 +24,7 @@ RELOADED: Final = ("batch", "linger_ms", "patrol_s", "stop_ms", "log_level")
 _SECRET: Final = ("redis_url", "database_url", "publisher", "webhook_url")  # may hold a password
 REDIS_CHECKS: Final = ("refuse", "warn", "off")
 _HIDDEN: Final = ("webhook_secret",)
+ANONYMOUS: Final = ("", "unix", "all")
 _LOOPBACK: Final = ("127.0.0.1", "localhost", "[::1]")
 _BOUNDS: Final = {
     "partitions": (1, 1_024),
@@ -55,6 +56,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     publisher: str = ""  # where events go (see ledger_sync.publisher); empty: a stream in the hot store
     publisher_deadline_ms: int = 10_000  # 100..600000
     insecure: bool = False  # true: plaintext TCP beyond the loopback interface
+    tls_cert: str = ""  # PEM files; with both, TCP addresses serve TLS. Read again when they change
+    tls_key: str = ""
+    tls_client_ca: str = ""  # with it, callers must show a certificate of this authority
+    access: str = ""  # files of identities (entitlement/access.py), comma-separated: who may call. Read again as well
+    anonymous: str = ""  # who needs no identity; empty: nobody; unix: callers on Unix sockets; all: nobody needs one
     reflection: bool = False
     consumer: str = "ledger-sync"  # its name in the journal's consumer group: the same after a restart
     batch: int = 2_000  # 1..5000 records in one transaction
@@ -102,6 +108,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return _listed(self.listen)
 
     @property
+    def access_files(self) -> tuple[str, ...]:
+        return _listed(self.access)
+
+    @property
     def told(self) -> tuple[str, ...]:
         """The types of event that a webhook tells of; empty: all."""
         return _listed(self.webhook_types)
@@ -138,7 +148,9 @@ def _checked(settings: Settings) -> Settings:
         raise InvalidArgument("listen", "is empty; expected host:port or unix:/path, comma-separated")
     for address in settings.addresses:
         if not address.startswith("unix:/"):
-            _check_loopback(address, split_address("listen", address)[0], insecure=settings.insecure)
+            host = split_address("listen", address)[0]
+            _check_loopback(address, host, safe=settings.insecure or bool(settings.tls_cert))
+    _check_callers(settings)
     if settings.tracing:
         need("tracing", "opentelemetry.sdk", "otel")
     if settings.metrics:
@@ -183,13 +195,32 @@ def split_address(field: str, address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _check_loopback(address: str, host: str, *, insecure: bool) -> None:
-    if host not in _LOOPBACK and not insecure:
+def _check_loopback(address: str, host: str, *, safe: bool) -> None:
+    if host not in _LOOPBACK and not safe:
         raise InvalidArgument(
             "listen",
             f"{address!r} would serve plaintext beyond this machine; "
-            "use a loopback or unix:/ address, or say insecure = true",
+            "set tls_cert and tls_key, use a loopback or unix:/ address, or say insecure = true",
         )
+
+
+def check_access(settings: Settings) -> None:
+    """Whoever serves has said who may call. InvalidArgument: not so."""
+    if not settings.access_files and not settings.anonymous:
+        raise InvalidArgument(
+            "access", "is empty: callers would be nobody; name the file of identities, or say anonymous = all"
+        )
+
+
+def _check_callers(settings: Settings) -> None:
+    if bool(settings.tls_cert) != bool(settings.tls_key):
+        raise InvalidArgument("tls_cert", "and tls_key go together: set both or neither")
+    if settings.tls_client_ca and not settings.tls_cert:
+        raise InvalidArgument("tls_client_ca", "needs tls_cert and tls_key")
+    if settings.anonymous not in ANONYMOUS:
+        raise InvalidArgument("anonymous", f"{settings.anonymous!r} is not one of unix, all, or empty for nobody")
+    if settings.anonymous == "all" and settings.access_files:
+        raise InvalidArgument("anonymous", "all contradicts access, which says who may call: leave one of them out")
 
 
 def _content(file: str) -> str:

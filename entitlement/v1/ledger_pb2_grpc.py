@@ -177,6 +177,16 @@ class LedgerAdminStub(object):
                 request_serializer=entitlement_dot_v1_dot_ledger__pb2.VerifyRequest.SerializeToString,
                 response_deserializer=entitlement_dot_v1_dot_ledger__pb2.VerifyReport.FromString,
                 _registered_method=True)
+        self.ListAudit = channel.unary_unary(
+                '/entitlement.v1.LedgerAdmin/ListAudit',
+                request_serializer=entitlement_dot_v1_dot_ledger__pb2.ListRequest.SerializeToString,
+                response_deserializer=entitlement_dot_v1_dot_ledger__pb2.ListAuditResponse.FromString,
+                _registered_method=True)
+        self.VerifyAudit = channel.unary_unary(
+                '/entitlement.v1.LedgerAdmin/VerifyAudit',
+                request_serializer=entitlement_dot_v1_dot_ledger__pb2.VerifyAuditRequest.SerializeToString,
+                response_deserializer=entitlement_dot_v1_dot_ledger__pb2.AuditReport.FromString,
+                _registered_method=True)
         self.Examine = channel.unary_unary(
                 '/entitlement.v1.LedgerAdmin/Examine',
                 request_serializer=entitlement_dot_v1_dot_ledger__pb2.ExamineRequest.SerializeToString,
@@ -384,6 +394,20 @@ class LedgerAdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListAudit(self, request, context):
+        """who changed what, and who was refused
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyAudit(self, request, context):
+        """whether the audit log is what was written
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Examine(self, request, context):
         """how ledger_sync and what it rests on are doing; cheap
         """
@@ -533,6 +557,16 @@ def add_LedgerAdminServicer_to_server(servicer, server):
                     servicer.Verify,
                     request_deserializer=entitlement_dot_v1_dot_ledger__pb2.VerifyRequest.FromString,
                     response_serializer=entitlement_dot_v1_dot_ledger__pb2.VerifyReport.SerializeToString,
+            ),
+            'ListAudit': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAudit,
+                    request_deserializer=entitlement_dot_v1_dot_ledger__pb2.ListRequest.FromString,
+                    response_serializer=entitlement_dot_v1_dot_ledger__pb2.ListAuditResponse.SerializeToString,
+            ),
+            'VerifyAudit': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyAudit,
+                    request_deserializer=entitlement_dot_v1_dot_ledger__pb2.VerifyAuditRequest.FromString,
+                    response_serializer=entitlement_dot_v1_dot_ledger__pb2.AuditReport.SerializeToString,
             ),
             'Examine': grpc.unary_unary_rpc_method_handler(
                     servicer.Examine,
@@ -1299,6 +1333,60 @@ class LedgerAdmin(object):
             '/entitlement.v1.LedgerAdmin/Verify',
             entitlement_dot_v1_dot_ledger__pb2.VerifyRequest.SerializeToString,
             entitlement_dot_v1_dot_ledger__pb2.VerifyReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/entitlement.v1.LedgerAdmin/ListAudit',
+            entitlement_dot_v1_dot_ledger__pb2.ListRequest.SerializeToString,
+            entitlement_dot_v1_dot_ledger__pb2.ListAuditResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/entitlement.v1.LedgerAdmin/VerifyAudit',
+            entitlement_dot_v1_dot_ledger__pb2.VerifyAuditRequest.SerializeToString,
+            entitlement_dot_v1_dot_ledger__pb2.AuditReport.FromString,
             options,
             channel_credentials,
             insecure,

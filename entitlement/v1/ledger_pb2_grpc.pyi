@@ -95,6 +95,10 @@ class LedgerAdminStub:
     """one charge, down to the event"""
     Verify: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.VerifyRequest, _ledger_pb2.VerifyReport]
     """the conservation proof"""
+    ListAudit: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListAuditResponse]
+    """who changed what, and who was refused"""
+    VerifyAudit: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.VerifyAuditRequest, _ledger_pb2.AuditReport]
+    """whether the audit log is what was written"""
     Examine: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ExamineRequest, _ledger_pb2.Examination]
     """how ledger_sync and what it rests on are doing; cheap"""
 
@@ -163,6 +167,10 @@ class LedgerAdminAsyncStub(LedgerAdminStub):
     """one charge, down to the event"""
     Verify: _aio.UnaryUnaryMultiCallable[_ledger_pb2.VerifyRequest, _ledger_pb2.VerifyReport]  # type: ignore[assignment]
     """the conservation proof"""
+    ListAudit: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListRequest, _ledger_pb2.ListAuditResponse]  # type: ignore[assignment]
+    """who changed what, and who was refused"""
+    VerifyAudit: _aio.UnaryUnaryMultiCallable[_ledger_pb2.VerifyAuditRequest, _ledger_pb2.AuditReport]  # type: ignore[assignment]
+    """whether the audit log is what was written"""
     Examine: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ExamineRequest, _ledger_pb2.Examination]  # type: ignore[assignment]
     """how ledger_sync and what it rests on are doing; cheap"""
 
@@ -368,6 +376,20 @@ class LedgerAdminServicer:
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_pb2.VerifyReport, _abc.Awaitable[_ledger_pb2.VerifyReport]]:
         """the conservation proof"""
+
+    def ListAudit(
+        self,
+        request: _ledger_pb2.ListRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.ListAuditResponse, _abc.Awaitable[_ledger_pb2.ListAuditResponse]]:
+        """who changed what, and who was refused"""
+
+    def VerifyAudit(
+        self,
+        request: _ledger_pb2.VerifyAuditRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.AuditReport, _abc.Awaitable[_ledger_pb2.AuditReport]]:
+        """whether the audit log is what was written"""
 
     def Examine(
         self,

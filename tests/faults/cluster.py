@@ -205,6 +205,7 @@ class Cluster:
             "REDIS_URL": f"redis://127.0.0.1:{self.sync_wire.port}",
             "DATABASE_URL": f"postgresql://postgres@127.0.0.1:{self.database_wire.port}/postgres",
             "PUBLISHER": f"file://{self.events}",
+            "ANONYMOUS": "all",
             "LOG_LEVEL": "info",
         }
         named = {f"ENTITLEMENT_SYNC_{name}": value for name, value in (settings | dict(self.options.sync)).items()}

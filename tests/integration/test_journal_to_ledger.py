@@ -468,7 +468,8 @@ class Child:
 
     @classmethod
     async def start(cls, valkey_url: str, dsn: str, **settings: str) -> Child:
-        given = {"LISTEN": "127.0.0.1:0", "REDIS_URL": valkey_url, "DATABASE_URL": dsn, "TENANT": TENANT, **settings}
+        stores = {"REDIS_URL": valkey_url, "DATABASE_URL": dsn}
+        given = {"LISTEN": "127.0.0.1:0", "ANONYMOUS": "all", "TENANT": TENANT, **stores, **settings}
         env = os.environ | {f"ENTITLEMENT_SYNC_{name}": value for name, value in given.items()}
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "ledger_sync"),

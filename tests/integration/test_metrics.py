@@ -326,6 +326,7 @@ async def test_ledger_sync_is_alive_and_not_ready_while_it_waits_for_its_databas
     env = {
         "METRICS": address,
         "LISTEN": "127.0.0.1:0",
+        "ANONYMOUS": "all",
         "DATABASE_URL": f"postgresql://app:{quote(SECRETS['database'], safe='')}@127.0.0.1:{free_port()}/entitlement",
     }
     child = await asyncio.create_subprocess_exec(

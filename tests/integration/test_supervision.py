@@ -20,11 +20,13 @@ from ledger_sync.beat import Beat
 from ledger_sync.control import ControlPlane
 from ledger_sync.drain import Drain
 from ledger_sync.hot_store import HotStore
+from ledger_sync.identity import Guard
 from ledger_sync.journal_reader import JournalReader
 from ledger_sync.ledger import Ledger
 from ledger_sync.outbox import Outbox
 from ledger_sync.patrol import Patrol
 from ledger_sync.publisher import Discard
+from ledger_sync.rereading import doorkeeper
 from ledger_sync.telemetry import Figures
 from ledger_sync.webhooks import Target, Webhooks
 from ledger_sync.worker import Loop, Worker
@@ -197,7 +199,8 @@ async def test_a_lane_whose_hot_store_never_answers_is_noticed(
 
 
 async def test_the_health_service_tells_which_loop_it_is() -> None:
-    server = AdminServer(LedgerAdminServicer(), ("127.0.0.1:0",), reflected=False)
+    nobody = Guard(doorkeeper(()), "default")
+    server = AdminServer(LedgerAdminServicer(), ("127.0.0.1:0",), guard=nobody, reflected=False)
     await server.start()
     try:
         async with (

@@ -84,7 +84,7 @@ class Instance:
         given = {
             **{"LISTEN": "127.0.0.1:0", "REDIS_URL": valkey_url, "DATABASE_URL": dsn, "TENANT": TENANT},
             **{"PARTITIONS": str(PARTITIONS), "LANES": "4", "BATCH": "50", "PUBLISHER": "none:"},
-            **{"CONSUMER": consumer, "METRICS": metrics},
+            **{"CONSUMER": consumer, "METRICS": metrics, "ANONYMOUS": "all"},
             **settings,
         }
         process = await asyncio.create_subprocess_exec(

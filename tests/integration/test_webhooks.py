@@ -379,6 +379,7 @@ async def test_the_process_sends_and_the_command_line_sends_anew(
     hook.answers.append(410)
     given = {
         "LISTEN": "127.0.0.1:0",
+        "ANONYMOUS": "all",
         "REDIS_URL": valkey_url,
         "DATABASE_URL": database_dsn,
         "TENANT": TENANT,
