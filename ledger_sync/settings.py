@@ -208,7 +208,7 @@ def check_access(settings: Settings) -> None:
     """Whoever serves has said who may call. InvalidArgument: not so."""
     if not settings.access_files and not settings.anonymous:
         raise InvalidArgument(
-            "access", "is empty: callers would be nobody; name the file of identities, or say anonymous = all"
+            "access", "is empty: nobody could call; name the file of identities, or say anonymous = all"
         )
 
 
@@ -218,9 +218,9 @@ def _check_callers(settings: Settings) -> None:
     if settings.tls_client_ca and not settings.tls_cert:
         raise InvalidArgument("tls_client_ca", "needs tls_cert and tls_key")
     if settings.anonymous not in ANONYMOUS:
-        raise InvalidArgument("anonymous", f"{settings.anonymous!r} is not one of unix, all, or empty for nobody")
+        raise InvalidArgument("anonymous", f"{settings.anonymous!r} is not one of unix, all; or empty: nobody")
     if settings.anonymous == "all" and settings.access_files:
-        raise InvalidArgument("anonymous", "all contradicts access, which says who may call: leave one of them out")
+        raise InvalidArgument("anonymous", "all lets everybody in, whatever access says; leave one of them out")
 
 
 def _content(file: str) -> str:

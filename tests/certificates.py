@@ -33,14 +33,14 @@ class Authority:
             "req", "-x509", *_KEY, "-keyout", self._key, "-out", self.certificate, "-days", 1, "-subj", f"/CN={name}"
         )
 
-    def issue(self, kind: str, names: str = "", called: str = "") -> Pair:
-        """For a `server` or a `client`, with other alternative names if they are given."""
+    def issue(self, kind: str, names: str = "", called: str = "", days: int = 1) -> Pair:
+        """For a `server` or a `client`, with other alternative names if they are given. `days` < 0: it has expired."""
         stem = self._folder / f"{self._name}-{called or kind}"
         pair, request = Pair(stem.with_suffix(".pem"), stem.with_suffix(".key")), stem.with_suffix(".csr")
         extensions = stem.with_suffix(".cnf")
         extensions.write_text(f"subjectAltName = {names or _NAMES[kind]}\nextendedKeyUsage = {_USES[kind]}\n")
         _openssl("req", *_KEY, "-keyout", pair.key, "-out", request, "-subj", f"/CN={kind}")
-        signed = ("-CA", self.certificate, "-CAkey", self._key, "-CAcreateserial", "-days", 1)
+        signed = ("-CA", self.certificate, "-CAkey", self._key, "-CAcreateserial", "-days", days)
         _openssl("x509", "-req", "-in", request, *signed, "-extfile", extensions, "-out", pair[0])
         return pair
 

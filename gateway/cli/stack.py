@@ -135,7 +135,7 @@ class DevStack:
             "LISTEN": self._listen["sync"],
             "REDIS_URL": self.redis_url,
             "DATABASE_URL": self.database_url,
-            "ANONYMOUS": "all",
+            **self._anonymous("sync"),
             "INSECURE": "true",
             "REFLECTION": "true",
         }
