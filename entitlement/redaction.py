@@ -23,6 +23,7 @@ _PLACED: Final = (
     # Up to the last @: a password that is not escaped may hold one, or a slash.
     (re.compile(r"(?<=://)[^\s'\"]*@"), f"{HIDDEN}@"),
     (re.compile(r"\b((?i:bearer|basic))\s+(?=\S*[0-9A-Z=])[A-Za-z0-9._~+/=-]{8,}"), rf"\1 {HIDDEN}"),
+    (re.compile(r"(ent_[a-z2-7]{12})_[A-Za-z0-9_-]+"), rf"\1_{HIDDEN}"),  # Of a caller: its id may be shown.
     (re.compile(r"\bwhsec_[A-Za-z0-9+/=_-]+"), f"whsec_{HIDDEN}"),
     (re.compile(r"\beyJ[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*"), HIDDEN),  # A JSON web token.
     (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from gateway.cli import configuration
+from gateway.cli.audit import audit_command
 from gateway.cli.changes import apply_command, replay_command
 from gateway.cli.corrections import backfill_command, rerate_command
 from gateway.cli.demo import demo_command
@@ -16,6 +17,7 @@ from gateway.cli.quarantine import quarantine_command
 from gateway.cli.questions import balance_command, check_command, explain_command, grants_command, verify_command
 from gateway.cli.status import status_command
 from gateway.cli.tail import tail_command
+from gateway.cli.tokens import token_command
 from gateway.cli.top import top_command
 from gateway.cli.webhooks import webhooks_command
 
@@ -41,6 +43,6 @@ for _command in (
     *(dev_command, demo_command, gateway_command, sync_command, apply_command, replay_command, invoice_command),
     *(balance_command, grants_command, check_command, explain_command, verify_command, webhooks_command),
     *(rerate_command, backfill_command, quarantine_command, status_command, doctor_command, tail_command),
-    top_command,
+    *(top_command, token_command, audit_command),
 ):
     main.add_command(_command)

@@ -1,3 +1,4 @@
+-- works with 006
 -- The audit log as a chain (ledger_sync/audit_chain.py): each line is sealed by a hash over it and the seal before it, of
 -- its tenant. Sealing comes after the line's own transaction, so that changes do not wait for one another: what waits for
 -- its seal is in audit_unsealed. Lines from before are sealed as well, where they stand first.

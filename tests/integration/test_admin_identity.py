@@ -6,11 +6,15 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
+import signal
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
 import pytest
+from click.testing import CliRunner, Result
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -19,13 +23,14 @@ from entitlement.access import Entry, as_time
 from entitlement.scopes import SCOPES
 from entitlement.v1 import gateway_pb2
 from entitlement.v1 import ledger_pb2 as pb
+from gateway.cli import main
 from ledger_sync.attempts import PER_SECOND
 from ledger_sync.certificates import Certificates
 from ledger_sync.ledger import LedgerUnavailable
 from ledger_sync.settings import Settings
 from tests.admin_plane import CHANNEL, METHODS, Book, Plane, ask, guarded, made, outcome, put, texts
 from tests.certificates import Authority
-from tests.control_rig import TENANT, USD, Rig, eventually, rig
+from tests.control_rig import DEADLINE_S, TENANT, USD, Rig, eventually, rig
 
 UNKNOWN = "authorization: the token is not known here, has expired or was revoked"
 SCOPE = {name: SCOPES[f"/entitlement.v1.LedgerAdmin/{name}"] for name in METHODS}
@@ -395,3 +400,78 @@ class TestG2:
                 for field, message in self.all_of_it(name):
                     refusal = await outcome(plane.call(name, message, "abroad"))
                     assert refusal == ("PERMISSION_DENIED", "tenant: is not yours"), (name, field)
+
+
+async def command(*words: str) -> Result:
+    return await asyncio.to_thread(CliRunner().invoke, main, list(words))
+
+
+async def test_a_process_follows_its_files(valkey_url: str, database_dsn: str, folders: Callable[[], Path]) -> None:
+    """Tokens made and revoked by the command line, certificates that are renewed, and the log of it all."""
+    folder = folders()
+    authority, later = Authority(folder, "now"), Authority(folder, "later")
+    server, renewed, file = authority.issue("server"), later.issue("server"), folder / "access.yaml"
+    words = ("--file", str(file), "--name", "desk", "--tenant", TENANT, "--scope", "read", "--scope", "admin")
+    made = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gateway.cli", "token", "create", *words), stdout=asyncio.subprocess.PIPE
+    )
+    token = (await made.communicate())[0].decode().strip()
+    given = {
+        **{"LISTEN": f"0.0.0.0:0,unix:{folder}/admin.sock", "ACCESS": str(file), "ANONYMOUS": "unix", "TENANT": TENANT},
+        **{"REDIS_URL": valkey_url, "DATABASE_URL": database_dsn, "PUBLISHER": "none:"},
+        **{"TLS_CERT": str(server.certificate), "TLS_KEY": str(server.key)},
+    }
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "ledger_sync"),
+        env=os.environ | {f"ENTITLEMENT_SYNC_{name}": value for name, value in given.items()},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert process.stdout
+        async with asyncio.timeout(DEADLINE_S):
+            ready = (await process.stdout.readline()).decode()
+        port = ready.strip().rpartition(":")[2]
+
+        async def told(trusted: Authority, token: str = token) -> str:
+            credentials = grpc.ssl_channel_credentials(trusted.certificate.read_bytes())
+            async with grpc.aio.secure_channel(f"localhost:{port}", credentials, CHANNEL) as channel:
+                feature = pb.Feature(key="calls", kind=pb.Feature.METERED, unit="call")
+                return (await outcome(ask(channel, "PutFeature", feature, token)))[0]
+
+        async def renewed_and_revoked() -> bool:
+            return await told(later) == "UNAUTHENTICATED"
+
+        assert (await told(authority), await told(authority, ""), await told(later)) == (
+            *("OK", "UNAUTHENTICATED", "UNAVAILABLE"),
+        )
+        server.key.write_bytes(renewed.key.read_bytes())
+        server.certificate.write_bytes(renewed.certificate.read_bytes())
+        assert (await command("token", "revoke", "--file", str(file), "desk")).exit_code == 0
+        await eventually(renewed_and_revoked)
+
+        admin = ("--admin", f"unix:{folder}/admin.sock")
+
+        async def logged() -> bool:
+            listed = (await command("audit", "list", *admin)).stdout.splitlines()[1:]
+            actors = [line.split()[2] for line in listed]
+            return actors[:2] == ["desk", "unknown"]
+
+        await eventually(logged)
+
+        async def sealed() -> bool:
+            return "unsealed=0" in (await command("audit", "verify", *admin)).stdout
+
+        await eventually(sealed)
+        done = await command("audit", "verify", *admin)
+        head = done.stdout.strip().rpartition("head=")[2]
+        assert done.exit_code == 0 and done.stdout.startswith("verified sealed=")
+        assert (await command("audit", "verify", *admin, "--expect-head", head)).exit_code == 0
+        missing = await command("audit", "verify", *admin, "--expect-head", "0" * 63 + "1")
+        assert missing.exit_code == 1 and missing.stdout.startswith("CUT OFF")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(DEADLINE_S):
+            _, logs = await process.communicate()
+    assert process.returncode == 0
+    assert token not in logs.decode() and b"reread" in logs

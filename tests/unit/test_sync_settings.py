@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
 from entitlement.errors import InvalidArgument
-from ledger_sync.settings import PREFIX, Settings, load
+from ledger_sync.__main__ import main
+from ledger_sync.settings import PREFIX, Settings, check_access, load
 
 SECRET = "hunter2-canary"
+
+Captured: TypeAlias = pytest.CaptureFixture[str]
 
 
 def settings(**given: str) -> Settings:
@@ -93,6 +98,28 @@ def test_an_address_that_cannot_be_one_is_refused(listen: str) -> None:
 def test_plaintext_beyond_this_machine_has_to_be_asked_for() -> None:
     assert "insecure" in refusal(listen="0.0.0.0:8081")
     assert settings(listen="0.0.0.0:8081,unix:/run/admin.sock", insecure="true").addresses[1] == "unix:/run/admin.sock"
+
+
+def test_with_tls_an_address_may_be_anywhere_and_its_files_go_together() -> None:
+    pair = {"tls_cert": "/x.pem", "tls_key": "/x.key"}
+    assert settings(listen="0.0.0.0:8081", **pair).tls_cert == "/x.pem"
+    for missing in ({"tls_cert": "/x.pem"}, {"tls_key": "/x.key"}):
+        assert refusal(**missing) == "tls_cert: and tls_key go together: set both or neither"
+    assert refusal(tls_client_ca="/ca.pem") == "tls_client_ca: needs tls_cert and tls_key"
+
+
+def test_who_may_call_is_said_before_anything_is_served(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    nobody = "access: is empty: nobody could call; name the file of identities, or say anonymous = all"
+    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+        monkeypatch.delenv(name)
+    assert main([]) == 2 and capsys.readouterr().err == f"ledger_sync: {nobody}\n"
+    with pytest.raises(InvalidArgument, match="is empty: nobody could call"):
+        check_access(settings())
+    for given in ({"access": "a.yaml, b.yaml"}, {"anonymous": "unix"}, {"anonymous": "all"}):
+        check_access(settings(**given))
+    assert settings(access="a.yaml, b.yaml", anonymous="unix").access_files == ("a.yaml", "b.yaml")
+    assert "is not one of unix, all" in refusal(anonymous="some")
+    assert "all lets everybody in, whatever access says" in refusal(anonymous="all", access="a.yaml")
 
 
 @pytest.mark.parametrize("name", ["redis_url", "database_url", "publisher"])
