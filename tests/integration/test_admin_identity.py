@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
+import runpy
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -31,6 +32,7 @@ from ledger_sync.settings import Settings
 from tests.admin_plane import CHANNEL, METHODS, Book, Plane, ask, guarded, made, outcome, put, texts
 from tests.certificates import Authority
 from tests.control_rig import DEADLINE_S, TENANT, USD, Rig, eventually, rig
+from tests.pages import ROOT
 
 UNKNOWN = "authorization: the token is not known here, has expired or was revoked"
 SCOPE = {name: SCOPES[f"/entitlement.v1.LedgerAdmin/{name}"] for name in METHODS}
@@ -400,6 +402,25 @@ class TestG2:
                 for field, message in self.all_of_it(name):
                     refusal = await outcome(plane.call(name, message, "abroad"))
                     assert refusal == ("PERMISSION_DENIED", "tenant: is not yours"), (name, field)
+
+
+async def test_helm_test_sees_who_is_let_in(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = runpy.run_path(str(ROOT / "helm" / "entitlement-gateway" / "files" / "conformance.py"))
+
+    async def told(plane: Plane, **given: str) -> str:
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("ADMIN", plane.addresses[0])
+        await asyncio.to_thread(script["main"])
+        return capsys.readouterr().out
+
+    async with guarded(None, staff()) as plane:
+        assert await told(plane, ADMIN_ASKS="true", VERIFY="true") == "all promises are kept\n"
+        assert "UNIMPLEMENTED" in await told(plane, TOKEN=plane.book.tokens["read"])  # It is let in.
+    async with guarded(None, Book(), anonymous="all") as plane:
+        assert "who has no identity was told UNIMPLEMENTED" in await told(plane, TOKEN="")
 
 
 async def command(*words: str) -> Result:

@@ -124,6 +124,7 @@ def app(tmp_path: Path, node: Node) -> list[Document]:
         "gateway": {"port": free_port()},
         "ledgerSync": {"port": free_port()},
         "metrics": {"port": free_port(), "gatewayPort": free_port()},
+        "access": {"secretName": "", "anonymous": "all"},
     }
     return documents({"entitlement-gateway": ports}, with_dependency(tmp_path))
 

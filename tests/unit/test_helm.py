@@ -46,8 +46,16 @@ MODES = ("deployment", "daemonset", "sidecar")
 SETTINGS = {"ENTITLEMENT_GATEWAY_": gateway_settings, "ENTITLEMENT_SYNC_": sync_settings}
 # What is not for a chart's user to say: the secret comes as a variable.
 # Secrets come as variables.
-LEFT_OUT = {"gateway": {"redis_password_file"}, "ledgerSync": {"redis_password_file", "webhook_secret_file"}}
-NEEDED: dict[str, Any] = {"redis": {"urlSecret": {"name": "redis"}}, "postgresql": {"urlSecret": {"name": "ledger"}}}
+LEFT_OUT: dict[str, set[str]] = {
+    "gateway": {"redis_password_file"},
+    "ledgerSync": {"redis_password_file", "webhook_secret_file"},
+}
+TRIAL: dict[str, Any] = {"trial": {"enabled": True}, "access": {"anonymous": "all"}}
+NEEDED: dict[str, Any] = {
+    "access": {"secretName": "access"},
+    "redis": {"urlSecret": {"name": "redis"}},
+    "postgresql": {"urlSecret": {"name": "ledger"}},
+}
 SECRET = re.compile(r"URL|SECRET|PASSWORD|PUBLISHER|TOKEN")  # variables whose values may be one
 NAME = "shop-entitlement-gateway"
 
@@ -175,7 +183,8 @@ def test_the_schema_has_the_bounds_of_the_settings(prefix: str, part: str) -> No
 
 
 def loaded(prefix: str, name: str, value: object) -> object:
-    return getattr(SETTINGS[prefix].load({f"{prefix}{name.upper()}": str(value)}), name)
+    given = {f"{prefix}{name.upper()}": str(value), f"{prefix}ANONYMOUS": "all"}
+    return getattr(SETTINGS[prefix].load(given), name)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -187,12 +196,36 @@ def test_the_processes_take_what_they_are_told(name: str) -> None:
         for prefix, of in SETTINGS.items():
             said = {key: each for key, each in variables(container).items() if key.startswith(prefix)}
             said.pop("ENTITLEMENT_GATEWAY_FRONTDOOR", None)  # a file
-            of.load(
-                {
-                    key: each["value"] if "value" in each else shapes[key.removeprefix(prefix)]
-                    for key, each in said.items()
-                }
-            )
+            if not said:
+                continue  # It is another process.
+            values = (each.get("value", shapes.get(key.removeprefix(prefix))) for key, each in said.items())
+            found = of.load(dict(zip(said, values, strict=True)))
+            if container.get("command", [""])[-1] == "ledger_sync":
+                sync_settings.check_access(found)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_who_may_call_is_mounted_to_be_read_or_nobody_is_asked(name: str) -> None:
+    values = yaml.safe_load(CASES[name].read_text())["access"]
+    for container in containers(case(name)):
+        said = variables(container)
+        for process in {"gateway", "ledger_sync"} & {container.get("command", [""])[-1]}:
+            prefix = "ENTITLEMENT_GATEWAY_" if process == "gateway" else "ENTITLEMENT_SYNC_"
+            mounts = [each for each in container["volumeMounts"] if each["name"] == "entitlement-access"]
+            if values.get("anonymous") == "all" or (values.get("anonymous"), process) == ("gateway", "gateway"):
+                assert said[f"{prefix}ANONYMOUS"]["value"] == "all" and not mounts
+            else:
+                file = f"/etc/entitlement/access/{values.get('key', 'access.yaml')}"
+                assert said[f"{prefix}ACCESS"]["value"] == file and f"{prefix}ANONYMOUS" not in said
+                assert [(each["mountPath"], each["readOnly"]) for each in mounts] == [("/etc/entitlement/access", True)]
+
+
+def test_ledger_admin_is_plaintext_only_where_it_has_no_certificate() -> None:
+    for name, tls in (("tls", True), ("deployment", False)):
+        (sync,) = (each for each in containers(case(name)) if each["name"] == "ledger-sync")
+        assert ("ENTITLEMENT_SYNC_INSECURE" in variables(sync)) is not tls
+        assert ("ENTITLEMENT_SYNC_TLS_CERT" in variables(sync)) is tls
+        assert ("grpc" in sync["readinessProbe"]) is not tls  # The kubelet speaks no TLS for gRPC.
 
 
 def test_variables_that_kubernetes_adds_for_a_service_are_kept_out(everything: list[Document]) -> None:
@@ -208,7 +241,7 @@ def test_secrets_are_named_and_never_shown(everything: list[Document]) -> None:
 
 def test_three_planted_secrets_are_found_nowhere_but_in_their_secret() -> None:
     planted = {"valkeyPassword": "canary-hot", "postgresqlPassword": "canary-ledger"}
-    texts = rendered({"trial": {"enabled": True, **planted}})
+    texts = rendered(TRIAL | {"trial": {"enabled": True, **planted}})
     secret, rest = texts["trial.yaml"].split("\n---\n", 1)
     assert all(f":{value}@" in secret for value in planted.values())
     shown = rest + "".join(text for name, text in texts.items() if name != "trial.yaml")
@@ -218,7 +251,7 @@ def test_three_planted_secrets_are_found_nowhere_but_in_their_secret() -> None:
 
 
 def test_passwords_of_a_trial_are_drawn() -> None:
-    first, second = (one(documents({"trial": {"enabled": True}}), "Secret", f"{NAME}-trial") for _ in range(2))
+    first, second = (one(documents(TRIAL), "Secret", f"{NAME}-trial") for _ in range(2))
     assert len(first["stringData"]["valkey-password"]) == 24
     assert first["stringData"]["valkey-password"] != second["stringData"]["valkey-password"]
 
@@ -388,6 +421,11 @@ def test_tables_are_migrated_before_anything_else_is_changed() -> None:
         ({"mode": "sidecar", "gateway": {"autoscaling": {"enabled": True}}}, "autoscaling.enabled needs mode"),
         ({"mode": "sidecar", "gateway": {"tls": {"secretName": "x"}}}, "of no use with mode: sidecar"),
         ({"gateway": {"tls": {"clientCa": True}}}, "clientCa needs gateway.tls.secretName"),
+        ({"ledgerSync": {"tls": {"clientCa": True}}}, "clientCa needs ledgerSync.tls.secretName"),
+        ({"access": {}}, "access.secretName is needed: the Secret with the file of identities"),
+        ({"access": {"anonymous": "gateway"}}, "access.secretName is needed"),
+        ({"access": {"anonymous": "all", "secretName": "x"}}, "all lets everybody in"),
+        ({"access": {"anonymous": "some"}}, "anonymous"),
         ({"webhooks": {"urlSecret": {"name": "x"}}}, "signingSecret.name is needed"),
         ({"redis": {}}, "redis.urlSecret.name is needed"),
         ({"postgresql": {}}, "postgresql.urlSecret.name is needed"),
@@ -430,7 +468,7 @@ def test_the_notes_say_what_is_lost_with_a_pod() -> None:
     lost = "RECEIPTS ARE LOST WITH THEIR POD"
     assert lost in rendered(NEEDED)["NOTES.txt"]
     assert lost not in rendered(NEEDED | {"gateway": {"receipts": {"kind": "hostPath"}}})["NOTES.txt"]
-    assert "FOR TRYING OUT ONLY" in rendered({"trial": {"enabled": True}})["NOTES.txt"]
+    assert "FOR TRYING OUT ONLY" in rendered(TRIAL)["NOTES.txt"]
 
 
 def test_alerts_and_dashboards_come_as_they_lie_there_or_not_at_all(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_who_is_limited_reaches_nothing_that_is_shared() -> None:
 
 
 def test_a_field_that_names_another_id_of_a_customer_is_noticed() -> None:
-    """They are named by fields called `customer`, and by Customer.id: a new way has to be put into entitlement.scopes."""
+    """Fields called `customer` name them, and Customer.id: another way has to be put into entitlement.scopes."""
     fields = chain.from_iterable(
         message.fields
         for file in (gateway_pb2, ledger_pb2)

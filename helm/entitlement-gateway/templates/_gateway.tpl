@@ -36,6 +36,7 @@
 - name: ENTITLEMENT_GATEWAY_FRONTDOOR
   value: /etc/entitlement/frontdoor/mapping.yaml
 {{- end }}
+{{- include "entitlement-gateway.access.env" (list . "gateway") }}
 {{- include "entitlement-gateway.settings" (list "ENTITLEMENT_GATEWAY" .Values.gateway.settings) }}
 {{- end -}}
 
@@ -50,6 +51,7 @@ resources: {{ toYaml .Values.gateway.resources | nindent 2 }}
 volumeMounts:
   - {name: entitlement-receipts, mountPath: /var/lib/entitlement-gateway}
   - {name: entitlement-tmp, mountPath: /tmp}
+{{- include "entitlement-gateway.access.mount" (list . "gateway") | nindent 2 }}
 {{- if .Values.gateway.tls.secretName }}
   - {name: entitlement-tls, mountPath: /etc/entitlement/tls, readOnly: true}
 {{- end }}
@@ -79,6 +81,7 @@ volumeMounts:
 - name: entitlement-redis-tls
   secret: {secretName: {{ . | quote }}}
 {{- end }}
+{{- include "entitlement-gateway.access.volume" (list . "gateway") }}
 {{- with .Values.gateway.tls.secretName }}
 - name: entitlement-tls
   secret: {secretName: {{ . | quote }}, defaultMode: 0440}

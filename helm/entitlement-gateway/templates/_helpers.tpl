@@ -79,6 +79,40 @@ key: {{ .Values.postgresql.urlSecret.key }}
 {{- end -}}
 {{- end -}}
 
+{{/* Whether a process asks nobody who it is: (list scope process), of gateway and sync. */}}
+{{- define "entitlement-gateway.open" -}}
+{{- $anonymous := (index . 0).Values.access.anonymous -}}
+{{- if or (eq $anonymous "all") (eq $anonymous (index . 1)) }}true{{ end -}}
+{{- end -}}
+
+{{/* Who may call, as variables; and the volume and its mount that they need: (list scope process). */}}
+{{- define "entitlement-gateway.access.env" -}}
+{{- $access := (index . 0).Values.access }}
+{{- $prefix := printf "ENTITLEMENT_%s" (upper (index . 1)) }}
+{{- if include "entitlement-gateway.open" . }}
+- name: {{ $prefix }}_ANONYMOUS
+  value: all
+{{- else }}
+- name: {{ $prefix }}_ACCESS
+  value: /etc/entitlement/access/{{ $access.key }}
+{{- $_ := required "access.secretName is needed: the Secret with the file of identities, who may call (or access.anonymous: all)" $access.secretName }}
+{{- end }}
+{{- end -}}
+
+{{- define "entitlement-gateway.access.mount" -}}
+{{- if not (include "entitlement-gateway.open" .) }}
+- {name: entitlement-access, mountPath: /etc/entitlement/access, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{/* Its hashes let nobody in, and a pod of an application has no group of ours: whoever mounts it may read it. */}}
+{{- define "entitlement-gateway.access.volume" -}}
+{{- if not (include "entitlement-gateway.open" .) }}
+- name: entitlement-access
+  secret: {secretName: {{ (index . 0).Values.access.secretName | quote }}, defaultMode: 0444}
+{{- end }}
+{{- end -}}
+
 {{/* Settings as variables: (list prefix settings). Numbers are whole: Helm reads them as floats. */}}
 {{- define "entitlement-gateway.settings" -}}
 {{- $prefix := index . 0 -}}
@@ -166,6 +200,12 @@ topologySpreadConstraints:
 {{- end -}}
 {{- if and .gateway.tls.secretName (eq .mode "sidecar") -}}
 {{ fail "gateway.tls.secretName is of no use with mode: sidecar; it listens on loopback alone" }}
+{{- end -}}
+{{- if and (eq .access.anonymous "all") .access.secretName -}}
+{{ fail "access.anonymous: all lets everybody in, whatever access.secretName says; leave one of them out" }}
+{{- end -}}
+{{- if and .ledgerSync.tls.clientCa (not .ledgerSync.tls.secretName) -}}
+{{ fail "ledgerSync.tls.clientCa needs ledgerSync.tls.secretName" }}
 {{- end -}}
 {{- if and .gateway.tls.clientCa (not .gateway.tls.secretName) -}}
 {{ fail "gateway.tls.clientCa needs gateway.tls.secretName" }}

@@ -13,8 +13,21 @@
 {{- include "entitlement-gateway.redisTls" (list "ENTITLEMENT_SYNC" .) }}
 - name: ENTITLEMENT_SYNC_LISTEN
   value: "0.0.0.0:{{ int64 .Values.ledgerSync.port }}"
+{{- with .Values.ledgerSync.tls }}
+{{- if .secretName }}
+- name: ENTITLEMENT_SYNC_TLS_CERT
+  value: /etc/entitlement/tls/tls.crt
+- name: ENTITLEMENT_SYNC_TLS_KEY
+  value: /etc/entitlement/tls/tls.key
+{{- if .clientCa }}
+- name: ENTITLEMENT_SYNC_TLS_CLIENT_CA
+  value: /etc/entitlement/tls/ca.crt
+{{- end }}
+{{- else }}
 - name: ENTITLEMENT_SYNC_INSECURE
   value: "true"
+{{- end }}
+{{- end }}
 - name: ENTITLEMENT_SYNC_TENANT
   value: {{ .Values.tenant | quote }}
 - name: ENTITLEMENT_SYNC_PARTITIONS
@@ -31,5 +44,6 @@
     secretKeyRef: {name: {{ $ref.name | quote }}, key: {{ $ref.key | quote }}}
 {{- end }}
 {{- end }}
+{{- include "entitlement-gateway.access.env" (list . "sync") }}
 {{- include "entitlement-gateway.settings" (list "ENTITLEMENT_SYNC" .Values.ledgerSync.settings) }}
 {{- end -}}
