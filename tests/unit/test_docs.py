@@ -22,9 +22,9 @@ from gateway.cli.catalogue_file import read_catalogue
 from gateway.cli.yaml_source import BadFile
 from gateway.transport import asgi, bootstrap, grpcio
 from ledger_sync import (
-    admin,
     admin_server,
     backfill,
+    callers,
     catalog_messages,
     catalogs,
     contracts,
@@ -177,7 +177,7 @@ def test_every_row_of_limits_is_looked_at() -> None:
 def test_limits_that_share_a_row_are_alike() -> None:
     assert LIMITS.newest_ms == 300 * periods.SECOND
     assert catalog_messages.MAX_RATES == catalogs.MAX_VERSIONS == catalogs.MAX_FEATURES
-    assert (contracts.MAX_ENTITLED, catalog_messages.MAX_VALUE_BYTES, admin.MAX_ACTOR_BYTES) == (256, 1_024, 128)
+    assert (contracts.MAX_ENTITLED, catalog_messages.MAX_VALUE_BYTES, callers.MAX_ACTOR_BYTES) == (256, 1_024, 128)
     assert bootstrap.MAX_STREAMS == grpcio.MAX_STREAMS and bootstrap.MAX_HEADERS_KB == 16
     assert admin_server.MAX_MESSAGE_BYTES == 4 << 20 and admin_server.MAX_METADATA_BYTES == 16 << 10
     assert yaml_source.MAX_FILE_BYTES == 8 << 20 and yaml_source.MAX_ITEMS == catalogue_parts.MAX_RANGE

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from entitlement import access, scopes
+from entitlement.errors import Unauthenticated
+from gateway.cli import main
 from gateway.transport.listening import SOCKET_MODE
+from ledger_sync.attempts import PER_SECOND
 from tests.pages import ROOT, blocks
 from tests.unit.test_docs import codes, rows, section
 
@@ -23,15 +27,26 @@ def test_the_identities_that_are_shown_are_sound() -> None:
     assert [entry.name for entry in found.entries] == ["checkout", "reports"]
 
 
-def test_a_token_that_is_made_as_shown_is_known(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = next(block for block in blocks(ROOT / "docs" / PAGE) if block.kind == "python")
-    exec(compile(shown.text, str(shown), "exec"), {})
-    made = re.search(r"caller: (\S+)\n.*token: (\S+) +sha256: (\S+)", capsys.readouterr().out)
-    assert made
-    token, name, digest = made.groups()
-    entry = {"name": "x", "tenant": "default", "scopes": ["read"], "token": name, "sha256": digest}
-    known = access.parse(json.dumps({"identities": [entry]}).encode(), lambda: 0)
-    assert known.identify(access.Credentials([f"Bearer {token}"])).name == "x"
+def test_a_token_that_is_made_as_shown_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = next(block for block in blocks(ROOT / "docs" / PAGE) if "token create" in block.text)
+    monkeypatch.chdir(tmp_path)
+    create, _, revoke = (line[2:].split()[1:] for line in shown.text.splitlines() if line.startswith("$ "))
+    token = CliRunner().invoke(main, create).stdout.strip()
+    file = tmp_path / "access.yaml"
+    came = access.Credentials([f"Bearer {token}"])
+    assert access.parse(file.read_bytes(), lambda: 0).identify(came).scopes == {"read", "admin"}
+    assert CliRunner().invoke(main, revoke).exit_code == 0
+    with pytest.raises(Unauthenticated):
+        access.parse(file.read_bytes(), lambda: 2**42).identify(came)
+
+
+def test_the_scopes_of_ledger_admin_are_told() -> None:
+    told = {codes(scope)[0]: codes(methods) for scope, methods in rows(section(PAGE, "LedgerAdmin"))[2:]}
+    ledger = {method.rpartition("/")[2]: scope for method, scope in scopes.SCOPES.items() if "LedgerAdmin/" in method}
+    assert set(told) == set(ledger.values())
+    read = [name for name, scope in ledger.items() if scope == "read" and not name.startswith("List")]
+    assert sorted(read) == sorted(name for name in told["read"] if name in ledger)
+    assert f"at most {PER_SECOND} a second of known callers and {PER_SECOND} of unknown" in " ".join(TEXT.split())
 
 
 def test_the_scopes_of_the_gateway_are_told() -> None:
