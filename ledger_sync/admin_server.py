@@ -15,6 +15,7 @@ from entitlement.v1 import ledger_pb2
 from entitlement.v1.ledger_pb2_grpc import LedgerAdminServicer, add_LedgerAdminServicer_to_server
 from ledger_sync.admin_guard import GuardedServer
 from ledger_sync.certificates import Certificates
+from ledger_sync.identity import Guard
 
 SERVICE: Final = ledger_pb2.DESCRIPTOR.services_by_name["LedgerAdmin"].full_name
 LOOP: Final = "loop/"
@@ -37,7 +38,7 @@ class AdminServer:
         servicer: LedgerAdminServicer,
         listen: tuple[str, ...],
         *,
-        guard: grpc.aio.ServerInterceptor,
+        guard: Guard,
         reflected: bool,
         certificates: Certificates | None = None,
     ) -> None:
@@ -57,7 +58,7 @@ class AdminServer:
             maximum_concurrent_rpcs=MAX_CALLS,
         )
         guarded = GuardedServer(self._server, MAX_MESSAGE_BYTES)
-        add_LedgerAdminServicer_to_server(servicer, guarded)  # type: ignore[arg-type]
+        add_LedgerAdminServicer_to_server(servicer, guard.before(guarded))  # type: ignore[arg-type]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if reflected:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)

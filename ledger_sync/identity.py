@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, cast
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypeAlias, cast
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from entitlement import scopes
 from entitlement.access import Credentials, Identity
@@ -24,6 +25,8 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Denied: TypeAlias = Unauthenticated | PermissionDenied
 
+_admitted: ContextVar[tuple[Identity | None]] = ContextVar("admitted")  # of the call in hand; None: it needs none
+
 MAX_SUBJECT: Final = 200  # characters of the customers that an attempt has named
 
 _STATUS: Final[dict[type[Denied], grpc.StatusCode]] = {
@@ -36,6 +39,10 @@ _REFUSED: Final = frozenset(  # The same call is refused again. What else goes w
         *(grpc.StatusCode.NOT_FOUND, grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.FAILED_PRECONDITION),
     }
 )
+
+
+class Server(Protocol):
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None: ...
 
 
 class Guard(grpc.aio.ServerInterceptor):
@@ -64,14 +71,27 @@ class Guard(grpc.aio.ServerInterceptor):
             return self._streamed(method, handler)
         return self._answered(method, handler)
 
+    def before(self, server: Server) -> Checked:
+        """Registers with `server` what it is given: each method behind the check of what its message asks for."""
+        return Checked(self, server)
+
     def _answered(self, method: str, handler: Handler) -> Handler:
-        """The message is not read before it is known who sends it."""
+        """Nothing of the message is read before it is known who sends it."""
+        behaviour = cast("Callable[[object, Context], Awaitable[object]]", handler.unary_unary)
+
+        async def answer(data: object, context: Context) -> object:
+            _admitted.set((await self._admit(method, context),))
+            return await behaviour(data, context)
+
+        return grpc.unary_unary_rpc_method_handler(answer, handler.request_deserializer, handler.response_serializer)
+
+    def checked(self, method: str, handler: Handler) -> Handler:
+        """For those whose scope, tenant and customers it is. A change that fails is audited."""
         behaviour = cast("Callable[[Message, Context], Awaitable[object]]", handler.unary_unary)
 
-        async def answer(data: bytes, context: Context) -> object:
-            identity = await self._admitted(method, context)
-            message = await _parsed(handler, data, context)
-            await self._checked(method, identity, message, context)
+        async def answer(message: Message, context: Context) -> object:
+            (identity,) = _admitted.get()  # LookupError: it came past the interceptor, and goes no further.
+            await self._check(method, identity, message, context)
             try:
                 return await behaviour(message, context)
             except BaseException:
@@ -79,20 +99,20 @@ class Guard(grpc.aio.ServerInterceptor):
                     self._failed(method, identity, message, context)
                 raise
 
-        return grpc.unary_unary_rpc_method_handler(answer, None, handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(answer, handler.request_deserializer, handler.response_serializer)
 
     def _streamed(self, method: str, handler: Handler) -> Handler:
         """Reflection: it names no customer."""
         behaviour = cast("Callable[[AsyncIterator[object], Context], AsyncIterator[object]]", handler.stream_stream)
 
         async def answer(messages: AsyncIterator[object], context: Context) -> AsyncIterator[object]:
-            await self._checked(method, await self._admitted(method, context), None, context)
+            await self._check(method, await self._admit(method, context), None, context)
             async for one in behaviour(messages, context):
                 yield one
 
         return grpc.stream_stream_rpc_method_handler(answer, handler.request_deserializer, handler.response_serializer)
 
-    async def _admitted(self, method: str, context: Context) -> Identity | None:
+    async def _admit(self, method: str, context: Context) -> Identity | None:
         """Who calls; None: one who needs no identity."""
         callers.current.set(Caller("", callers.source_of(context.peer())))
         try:
@@ -111,7 +131,7 @@ class Guard(grpc.aio.ServerInterceptor):
             return None
         return self._keeper.identify(came)
 
-    async def _checked(self, method: str, identity: Identity | None, message: Message | None, context: Context) -> None:
+    async def _check(self, method: str, identity: Identity | None, message: Message | None, context: Context) -> None:
         if identity is None:
             return
         try:
@@ -177,11 +197,16 @@ def credentials(context: Context) -> Credentials:
     return Credentials(sent, [uri.decode("ascii", "replace") for uri in proven.get("peer_uri", ())])
 
 
-async def _parsed(handler: Handler, data: bytes, context: Context) -> Message:
-    try:
-        message = handler.request_deserializer(data) if handler.request_deserializer else None
-    except DecodeError:
-        message = None
-    if not isinstance(message, Message):
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "request: is not a message of this method")
-    return message
+class Checked:
+    """A server to register a service's unary methods with."""
+
+    def __init__(self, guard: Guard, server: Server) -> None:
+        self._guard = guard
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        """The methods are registered, below."""
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
+        checked = {name: self._guard.checked(f"/{service}/{name}", handler) for name, handler in handlers.items()}
+        self._server.add_registered_method_handlers(service, checked)

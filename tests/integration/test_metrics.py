@@ -273,6 +273,7 @@ def _mistaken(shown: Shown) -> None:
     """Settings that are wrong in one place, with the secrets in others, and as texts."""
     for process, module in (("gateway", gateway_settings), ("sync", sync_settings)):
         right = {f"{module.PREFIX}{name}": value for name, value in shown.settings[process].items()}
+        right |= {f"{module.PREFIX}ANONYMOUS": "all"}
         shown.told.append(repr(module.load(right)))
         for name in module.Settings.__struct_fields__:
             for wrong in ("\x01", "-1", SECRETS["option"] if "url" in name or name == "publisher" else "http://["):

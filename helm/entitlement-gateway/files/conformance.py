@@ -1,9 +1,9 @@
 """What `helm test` asks a deployment: it serves, it decides, it refuses what is broken, its books agree.
 
 Nothing is changed by it. GATEWAY and ADMIN: host:port; what is not given is not asked. GATEWAY_CA and ADMIN_CA: a PEM
-file, for TLS. GATEWAY_ASKS and ADMIN_ASKS: true where callers need an identity; TOKEN is this one's. Without it nobody is
-let in, and that is looked at in place of the rest. VERIFY: true has all accounts verified. Exits with 1 and a line for
-each promise that is not kept.
+file, for TLS. GATEWAY_ASKS and ADMIN_ASKS: true where callers need an identity; TOKEN is this one's. Without it nobody
+is let in, and that is looked at in place of the rest. VERIFY: true has all accounts verified. Exits with 1 and a line
+for each promise that is not kept.
 """
 
 from __future__ import annotations
