@@ -14,7 +14,9 @@ from gateway.transport.frames import compressed_frame, frame
 from ledger_sync.admin import LedgerAdmin
 from ledger_sync.admin_guard import NO_MESSAGE
 from ledger_sync.admin_server import MAX_MESSAGE_BYTES, AdminServer
-from tests.control_rig import DEADLINE_S, USD, Rig, rig
+from ledger_sync.identity import Guard
+from ledger_sync.rereading import doorkeeper
+from tests.control_rig import DEADLINE_S, TENANT, USD, Rig, rig
 from tests.fuzz import Case, Maker
 from tests.fuzz_wire import ANSWERS, EXHAUSTED, INVALID, LATE, MESSAGES, OK, PRECONDITION, Outcome, play, send
 
@@ -53,7 +55,8 @@ async def ledger(valkey_url: str, database_dsn: str) -> AsyncIterator[Served]:
     async with rig(valkey_url, database_dsn) as made:
         await made.catalogue()
         await made.customer("bob", 10 * USD)
-        server = AdminServer(LedgerAdmin(made.control), ("127.0.0.1:0",), reflected=False)
+        everybody = Guard(doorkeeper(()), TENANT, anonymous="all")
+        server = AdminServer(LedgerAdmin(made.control), ("127.0.0.1:0",), guard=everybody, reflected=False)
         await server.start()
         yield Served(server.addresses[0], made)
         await server.stop(0)
