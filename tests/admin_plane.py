@@ -91,6 +91,7 @@ async def guarded(
     servicer = LedgerAdmin(shop.control) if shop else LedgerAdminServicer()
     server = AdminServer(servicer, tuple(listen), guard=plane.guard, reflected=True, certificates=certificates)
     await server.start()
+    await server.serving(True)
     plane.addresses = server.addresses
     try:
         async with grpc.aio.insecure_channel(server.addresses[0], options=CHANNEL) as plane.channel:

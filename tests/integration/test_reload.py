@@ -115,6 +115,7 @@ def test_ledger_sync_does_so_too(
 ) -> None:
     file = File(folder, log_level="error", linger_ms=20)
     given = {"REDIS_URL": valkey_url, "DATABASE_URL": database_dsn, "LISTEN": f"unix:{folder}/admin.sock"}
+    given |= {"ANONYMOUS": "all"}
     given |= {"FILE": f"{file.path}", "METRICS": metrics, "PARTITIONS": "4"}
     environment = [f"ENTITLEMENT_SYNC_{name}={value}" for name, value in given.items()]
     argv = ["env", *environment, sys.executable, "-m", "ledger_sync"]

@@ -45,7 +45,9 @@ class Deployment:
             }
             for number, address in enumerate(self.gateways)
         }
-        self._environment["sync"] = shared | {"LISTEN": self.admin, "DATABASE_URL": dsn, "PATROL_S": 0}
+        self._environment["sync"] = shared | {
+            **{"LISTEN": self.admin, "DATABASE_URL": dsn, "PATROL_S": 0, "ANONYMOUS": "all"}
+        }
         self._parts: dict[str, ServerProcess] = {}
 
     def roll(self, name: str, version: tuple[str, ...]) -> None:
