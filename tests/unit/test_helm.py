@@ -45,7 +45,6 @@ KUBERNETES = ("1.30.0", "1.34.0", "1.37.0")  # the oldest that the chart allows,
 MODES = ("deployment", "daemonset", "sidecar")
 SETTINGS = {"ENTITLEMENT_GATEWAY_": gateway_settings, "ENTITLEMENT_SYNC_": sync_settings}
 # What is not for a chart's user to say: the secret comes as a variable.
-# Secrets come as variables.
 LEFT_OUT: dict[str, set[str]] = {
     "gateway": {"redis_password_file"},
     "ledgerSync": {"redis_password_file", "webhook_secret_file"},

@@ -14,7 +14,9 @@ from structlog.testing import capture_logs
 from entitlement.v1.ledger_pb2_grpc import LedgerAdminServicer
 from ledger_sync import process
 from ledger_sync.admin_server import AdminServer
+from ledger_sync.identity import Guard
 from ledger_sync.ledger import LedgerUnavailable
+from ledger_sync.rereading import doorkeeper
 from ledger_sync.settings import Settings
 
 
@@ -51,7 +53,8 @@ async def test_and_is_told_of_again_after_a_while(monkeypatch: pytest.MonkeyPatc
 
 
 async def test_health_says_not_serving_until_the_loops_run() -> None:
-    server = AdminServer(LedgerAdminServicer(), ("127.0.0.1:0",), reflected=False)
+    nobody = Guard(doorkeeper(()), "default")
+    server = AdminServer(LedgerAdminServicer(), ("127.0.0.1:0",), guard=nobody, reflected=False)
     await server.start()
     try:
         async with grpc.aio.insecure_channel(server.addresses[0], options=(("grpc.enable_http_proxy", 0),)) as channel:
