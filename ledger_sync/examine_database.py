@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from entitlement.errors import EntitlementError
-from entitlement.examination import Check, fail, ok, warn
+from entitlement.examination import Check, Outcome, fail, ok, warn
 from ledger_sync import migrations
 from ledger_sync.ledger import Ledger
 from ledger_sync.settings import Settings, load
@@ -78,6 +78,15 @@ async def _examine(connection: Connection) -> list[Check]:
     return [*found, judge_migrations(applied, works_with), _permission(row, forbidden)]
 
 
+async def unsafe(ledger: Ledger) -> list[Check]:
+    """For a start: what must not be the ledger's. Raises LedgerUnavailable."""
+    async with ledger.transaction(readonly=True) as connection:
+        row = await connection.fetchrow(_SETTINGS)
+    assert row is not None
+    checks = (_version(row["number"], row["version"]), _durability(row))
+    return [check for check in checks if check.outcome is Outcome.FAIL]
+
+
 def judge(row: Row) -> Iterable[Check]:
     yield _version(row["number"], row["version"])
     if row["standby"] or row["read_only"] == "on":
@@ -95,7 +104,7 @@ def _version(number: int, version: str) -> Check:
     if number < OLDEST:
         return fail(COMPONENT, "version", version, "use PostgreSQL 14 or newer")
     if number in CORRUPTS_INDEXES:
-        return warn(COMPONENT, "version", f"{version} may corrupt indexes", "update to PostgreSQL 14.4 or newer")
+        return fail(COMPONENT, "version", f"{version} may corrupt indexes", "update to PostgreSQL 14.4 or newer")
     return ok(COMPONENT, "version", version)
 
 

@@ -30,7 +30,7 @@ from ledger_sync.outbox import Outbox
 from ledger_sync.patrol import Patrol
 from ledger_sync.publisher import open_publisher
 from ledger_sync.reloading import Reloader
-from ledger_sync.self_check import self_check
+from ledger_sync.self_check import database_check, self_check
 from ledger_sync.settings import Settings
 from ledger_sync.settlement import Outcome
 from ledger_sync.soundings import Soundings
@@ -97,6 +97,7 @@ class Process:
         self._tasks.append(asyncio.create_task(self.reloader.run()))
         await self_check(self._hot, settings.redis, settings.redis_checks)
         self._ledger = ledger = await open_ledger(settings)
+        await database_check(ledger, settings.database_checks)
         await declare(ledger, self._target)
         self._drain = drain = Drain(
             self.traces.ledger(ledger),

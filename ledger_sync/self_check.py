@@ -1,4 +1,6 @@
-"""At a start: whether the hot store is one that anything may rest on. The rules are entitlement.hot_store_health's."""
+"""At a start: whether the stores are such that anything may rest on them. The rules are entitlement.hot_store_health's
+and ledger_sync.examine_database's, which `entitlement doctor` tells as well.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from entitlement import hot_store_health
 from entitlement.errors import InvalidArgument, Unavailable
 from entitlement.examination import Check, Outcome
 from entitlement.redis_address import Endpoint
+from ledger_sync import examine_database
 from ledger_sync.hot_store import Facts, HotStore
+from ledger_sync.ledger import Ledger
 
 _REFUSED: Final = (
     ("AuthenticationError", "its user or password is refused; correct it, or redis_password_file"),
@@ -52,3 +56,15 @@ def _judge(facts: Facts, hot: HotStore, endpoint: Endpoint, mode: str) -> None:
                 failed.append(check)
     if mode == "refuse" and (why := hot_store_health.complaint(failed)):
         raise InvalidArgument("redis_url", f"{why}; or say redis_checks = warn")
+
+
+async def database_check(ledger: Ledger, mode: str) -> None:
+    """InvalidArgument: its database is older than is safe, or loses what it has committed, and `mode` is refuse."""
+    if mode == "off":
+        return
+    wrong = await examine_database.unsafe(ledger)
+    for check in wrong:
+        log.warning("database", check=check.name, found=check.found, fix=check.fix, checks=mode)
+    if wrong and mode == "refuse":
+        why = "; ".join(f"{check.found}: {check.fix}" for check in wrong)
+        raise InvalidArgument("database_url", f"{why}; or say database_checks = warn")

@@ -48,6 +48,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     redis_ca: str = ""  # PEM: whom the server's certificate is checked by; empty: whom this machine trusts
     redis_cert: str = ""  # PEM: shown to a server that asks who we are
     redis_key: str = ""
+    database_checks: str = "refuse"  # warn, off: as redis_checks, of a PostgreSQL that loses data or is too old
     redis_checks: str = "refuse"  # warn, off: what becomes of a start on a Redis that loses data or is unsafe
     database_url: str = "postgresql://127.0.0.1:5432/entitlement"
     listen: str = "127.0.0.1:8081"  # of LedgerAdmin, comma-separated: host:port (port 0: a free one) or unix:/path
@@ -136,8 +137,9 @@ def load(environment: Mapping[str, str] | None = None) -> Settings:
 
 def _checked(settings: Settings) -> Settings:
     settings.redis.check_reach(insecure=settings.insecure)
-    if settings.redis_checks not in REDIS_CHECKS:
-        raise InvalidArgument("redis_checks", f"{settings.redis_checks!r} is not one of {', '.join(REDIS_CHECKS)}")
+    for name in ("redis_checks", "database_checks"):
+        if getattr(settings, name) not in REDIS_CHECKS:
+            raise InvalidArgument(name, f"{getattr(settings, name)!r} is not one of {', '.join(REDIS_CHECKS)}")
     check_id("tenant", settings.tenant)
     check_id("consumer", settings.consumer)
     for name, (low, high) in _BOUNDS.items():

@@ -16,6 +16,7 @@ from ledger_sync import migrations
 from tests.servers import PostgresProcess, ValkeyProcess
 
 Server = TypeVar("Server")
+os.environ.setdefault("ENTITLEMENT_SYNC_DATABASE_CHECKS", "warn")  # Of the tests' database, which is without fsync.
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

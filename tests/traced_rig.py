@@ -160,6 +160,8 @@ async def traced_rig(valkey_url: str, dsn: str, secrets: dict[str, str]) -> Asyn
             SyncSettings(
                 redis_url=url,
                 database_url=database,
+                database_checks="warn",
+                anonymous="all",
                 listen="127.0.0.1:0",
                 tenant=TENANT,
                 publisher=f"file://{events}",

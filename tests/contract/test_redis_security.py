@@ -171,8 +171,8 @@ NAMES = {"gateway": "GATEWAY", "ledger_sync": "SYNC"}
 
 
 def start(module: str, url: str, folder: Path) -> subprocess.Popen[str]:
-    settings = {"REDIS_URL": url, "LISTEN": f"unix:{folder}/{module}.sock"}
-    settings |= {"TRANSPORT": "grpcio", "ANONYMOUS": "all"} if module == "gateway" else {}
+    settings = {"REDIS_URL": url, "LISTEN": f"unix:{folder}/{module}.sock", "ANONYMOUS": "all"}
+    settings |= {"TRANSPORT": "grpcio"} if module == "gateway" else {}
     return subprocess.Popen(
         [sys.executable, "-m", module],
         env=os.environ | {f"ENTITLEMENT_{NAMES[module]}_{name}": value for name, value in settings.items()},

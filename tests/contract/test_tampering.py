@@ -11,7 +11,16 @@ from ledger_sync.ledger import Ledger
 from tests.journal_records import consumed, open_account, posted
 from tests.servers import DEADLINE_S, PostgresProcess
 
-HAPPENED = {"transactions", "entries", "usage_events", "rate_cards", "audit", "corrections", "hold_moves"}
+HAPPENED = {
+    "transactions",
+    "entries",
+    "usage_events",
+    "rate_cards",
+    "audit",
+    "audit_seals",
+    "corrections",
+    "hold_moves",
+}
 TAKES_AWAY = (
     "TRUNCATE entries",
     "ALTER TABLE entries DISABLE TRIGGER append_only",

@@ -122,7 +122,7 @@ def app(tmp_path: Path, node: Node) -> list[Document]:
     node.folder.mkdir()
     ports: dict[str, Any] = {
         "gateway": {"port": free_port()},
-        "ledgerSync": {"port": free_port()},
+        "ledgerSync": {"port": free_port(), "settings": {"database_checks": "warn"}},
         "metrics": {"port": free_port(), "gatewayPort": free_port()},
         "access": {"secretName": "", "anonymous": "all"},
     }
