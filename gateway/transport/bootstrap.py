@@ -176,22 +176,23 @@ def _from(folder: Path, name: str) -> Json:
     return {"name": name, "sds_config": {"path_config_source": {"path": str(folder / f"{name}.json")}}}
 
 
-def secrets(settings: Settings) -> dict[str, Json]:
+def secrets(settings: Settings, watched: Path) -> dict[str, Json]:
     """What is in each file beside the configuration that tells Envoy of certificates: it reads them again when
-    something is moved in their folders, which is how whoever renews them has to put them there.
+    something is moved in the folder `watched`. It is not told to watch theirs: of a file that is written over it would
+    not learn.
     """
     if not settings.tls_cert:
         return {}
     certificate: Json = {
         "certificate_chain": {"filename": settings.tls_cert},
         "private_key": {"filename": settings.tls_key},
-        "watched_directory": {"path": str(Path(settings.tls_cert).absolute().parent)},
+        "watched_directory": {"path": str(watched)},
     }
     found = {CERTIFICATE: _secret(CERTIFICATE, "tls_certificate", certificate)}
     if settings.tls_client_ca:
         authority: Json = {
             "trusted_ca": {"filename": settings.tls_client_ca},
-            "watched_directory": {"path": str(Path(settings.tls_client_ca).absolute().parent)},
+            "watched_directory": {"path": str(watched)},
         }
         found[AUTHORITY] = _secret(AUTHORITY, "validation_context", authority)
     return found

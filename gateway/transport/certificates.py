@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import grpc
-import structlog
 
-from entitlement.errors import InvalidArgument
 from gateway.settings import Settings
-from gateway.transport.listening import check_certificates
-
-_log = structlog.get_logger(__name__)
+from gateway.transport.renewal import Renewal
 
 
 class Certificates:
@@ -19,8 +13,7 @@ class Certificates:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._used = self._contents()
-        self._bad: tuple[bytes, ...] | None = None
+        self._renewal = Renewal(settings)
 
     @property
     def credentials(self) -> grpc.ServerCredentials:
@@ -31,26 +24,8 @@ class Certificates:
         )
 
     def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
-        try:
-            found = self._contents()
-        except OSError:  # Being replaced just now.
-            return None
-        if found in (self._used, self._bad):
-            return None
-        try:
-            check_certificates(self._settings)
-        except InvalidArgument as error:
-            self._bad = found
-            _log.error("certificates not taken", problem=str(error))
-            return None
-        self._used, self._bad = found, None
-        _log.info("certificates renewed")
-        return self._configuration()
-
-    def _contents(self) -> tuple[bytes, ...]:
-        files = (self._settings.tls_key, self._settings.tls_cert, self._settings.tls_client_ca)
-        return tuple(Path(file).read_bytes() for file in files if file)
+        return self._configuration() if self._renewal.look() else None
 
     def _configuration(self) -> grpc.ServerCertificateConfiguration:
-        key, certificate, *authority = self._used
+        key, certificate, *authority = self._renewal.contents
         return grpc.ssl_server_certificate_configuration([(key, certificate)], authority[0] if authority else None)

@@ -17,9 +17,10 @@ from pathlib import Path
 import orjson
 
 from entitlement.errors import InvalidArgument, Unavailable
-from gateway.reloading import ASKED, as_of_now
+from gateway.reloading import ASKED, LOOK_S, as_of_now
 from gateway.settings import Settings
 from gateway.transport import listening
+from gateway.transport.renewal import Renewal
 
 APP = "gateway.transport.hosted:app"
 DRAIN_FD = "ENTITLEMENT_DRAIN_FD"  # the variable that names a pipe: it ends when draining begins
@@ -48,6 +49,7 @@ class EnvoyTransport:
         self._process: asyncio.subprocess.Process | None = None
         self._draining = -1  # our end of the pipe
         self._started = asyncio.Event()
+        self._renewal: Renewal | None = None
         self.addresses: tuple[str, ...] = ()
 
     async def start(self) -> None:
@@ -58,9 +60,11 @@ class EnvoyTransport:
         from gateway.transport.bootstrap import bootstrap, secrets
 
         listening.prepare(self._settings)
+        self._renewal = Renewal(self._settings) if self._settings.tls_cert else None
         config = self._folder / "bootstrap.json"
         config.write_bytes(orjson.dumps(bootstrap(self._settings, self._folder, self._app)))
-        for name, secret in secrets(self._settings).items():
+        (watched := self._folder / "renewed").mkdir()
+        for name, secret in secrets(self._settings, watched).items():
             (self._folder / f"{name}.json").write_bytes(orjson.dumps(secret))
         drain_s = max(1, round(self._settings.drain_ms / 1000))
         theirs, self._draining = os.pipe()
@@ -86,14 +90,27 @@ class EnvoyTransport:
         self._started.set()
 
     async def ended(self) -> int:
-        """Returns Envoy's exit code when it ends after it was ready."""
+        """Returns Envoy's exit code when it ends after it was ready. Until then its certificates follow their files."""
         await self._started.wait()
         assert self._process is not None
-        return await self._process.wait()
+        async with asyncio.TaskGroup() as group:
+            following = group.create_task(self._follow())
+            code = await self._process.wait()
+            following.cancel()
+        return code
 
     def reload(self) -> None:
         """Reads the settings again, soon: in Envoy, and here."""
         (self._folder / "reload").touch()
+
+    async def _follow(self) -> None:
+        """Tells Envoy of new certificates: something is moved in the folder that it watches. Until it is cancelled."""
+        seen = self._folder / "renewed" / "0"
+        seen.touch()
+        while self._renewal is not None:
+            await asyncio.sleep(LOOK_S)
+            if self._renewal.look():
+                seen = seen.rename(seen.with_name(f"{int(seen.name) + 1}"))
 
     async def stop(self) -> None:
         """Health says NOT_SERVING for announce_ms; then GOAWAY, calls in flight may finish within drain_ms, the end.

@@ -462,7 +462,8 @@ def _post(path: Path, method: str, body: str, token: str) -> tuple[int, bytes]:
 
 
 class TestG11:
-    def test_certificates_are_renewed_under_load(self, transport: str, place: Place) -> None:
+    @pytest.mark.parametrize("over", [False, True], ids=["moved", "written over"])
+    def test_certificates_are_renewed_under_load(self, transport: str, place: Place, over: bool) -> None:
         """No call fails, those on old connections and on new ones, and the new certificate is shown."""
         with tempfile.TemporaryDirectory(prefix="tls-") as name:
             folder = Path(name)
@@ -473,7 +474,7 @@ class TestG11:
                 with grpc.secure_channel(process.address, trusted, options=CHANNEL) as old:
                     assert ask(old).verdict == pb.VERDICT_ALLOW
                     renewed = place.ours.issue("server", called="second")
-                    _put(folder, renewed)
+                    _put(folder, renewed, over=over)
                     wanted = ssl.PEM_cert_to_DER_cert(renewed.certificate.read_text())
                     tries = 0
                     while _shown(process.address, place.ours) != wanted:
@@ -483,11 +484,11 @@ class TestG11:
                         assert ask(new).verdict == ask(old).verdict == pb.VERDICT_ALLOW
 
 
-def _put(folder: Path, pair: Pair) -> Pair:
-    """As a mounted Secret changes: files are moved to where the old ones were."""
+def _put(folder: Path, pair: Pair, *, over: bool = False) -> Pair:
+    """As a mounted Secret changes: files are moved to where the old ones were. `over`: as `cp` does it."""
     there = Pair(folder / "tls.crt", folder / "tls.key")
     for source, target in zip((pair.key, pair.certificate), (there.key, there.certificate), strict=True):
-        new = target.with_suffix(".new")
+        new = target if over else target.with_suffix(".new")
         new.write_bytes(source.read_bytes())
         new.rename(target)
     return there
