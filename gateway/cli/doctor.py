@@ -76,10 +76,12 @@ def _examine(gateway: str, admin: str, redis: str, folder: Path | None) -> Itera
 
 def _settings(redis: str) -> tuple[gateway_settings.Settings, Check]:
     """The gateway's, as it would read them here; where they are wrong, as much of them as is looked at."""
-    environment = dict(os.environ) | ({f"{gateway_settings.PREFIX}REDIS_URL": redis} if redis else {})
-    named = sorted(name for name in environment if name.startswith(gateway_settings.PREFIX))
+    named = sorted(name for name in os.environ if name.startswith(gateway_settings.PREFIX))
+    environment = dict(os.environ) if named else dict(_ANYBODY)
+    if redis:
+        environment[f"{gateway_settings.PREFIX}REDIS_URL"] = redis
     try:
-        found = gateway_settings.load(environment if named else _ANYBODY)
+        found = gateway_settings.load(environment)
     except InvalidArgument as error:
         return _looked_at(environment), fail(SETTINGS, "gateway", str(error), f"correct it; {_MANUAL}")
     return found, ok(SETTINGS, "gateway", f"sound, {len(named)} set here" if named else "none set here: the defaults")

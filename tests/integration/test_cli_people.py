@@ -188,6 +188,13 @@ class TestDoctor:
         assert wanted <= found.keys() and "fail" not in found.values()
         assert len(found) == len(json.loads(result.output)["checks"])  # nothing is told twice
 
+    def test_a_stack_for_development_needs_no_settings(self, stack: DevStack) -> None:
+        env = {name: value for name, value in settings(stack).items() if name.endswith("_ADDRESS")}
+        where = ("--redis", stack.redis_url, "--receipts", str(stack.data / "receipts"))
+        result = CliRunner(env=env).invoke(main, ["doctor", *where, "--json"], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        assert checked(result, "settings", "gateway")["found"] == "none set here: the defaults"
+
     def test_an_eviction_policy_is_told_with_its_remedy(self, cli: Command, hot: Redis) -> None:
         with configured(hot, maxmemory="1gb", maxmemory_policy="allkeys-lru"):
             result = cli("doctor")
