@@ -34,6 +34,13 @@ Figure = Literal[
     "invoices_due",
 ]
 
+_START: Final = "start it (entitlement sync), or correct --admin; decisions go on, and nothing is booked meanwhile"
+_LET_IN: Final = "give --token-file, or --tls-cert and --tls-key, of an identity with the scope read and all customers"
+_FIXES: Final = {
+    grpc.StatusCode.UNAUTHENTICATED: _LET_IN,
+    grpc.StatusCode.PERMISSION_DENIED: _LET_IN,
+    grpc.StatusCode.UNIMPLEMENTED: "it is older than this command: update it",
+}
 _COLOUR: Final = {Outcome.OK: "green", Outcome.WARN: "yellow", Outcome.FAIL: "red"}
 
 
@@ -57,9 +64,7 @@ def sync(address: str, timeout_s: float = calls.DEADLINE_S) -> tuple[list[Check]
         with calls.channel_to(address, "admin") as channel:
             found = LedgerAdminStub(channel).Examine(ExamineRequest(), timeout=timeout_s)
     except grpc.RpcError as error:
-        fix = "start it (entitlement sync), or correct --admin; decisions go on, and nothing is booked meanwhile"
-        if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNIMPLEMENTED:
-            fix = "it is older than this command: update it"
+        fix = _FIXES.get(error.code(), _START) if isinstance(error, grpc.Call) else _START
         return [fail(SYNC, "reachable", calls.describe(error, address, "admin"), fix)], None
     told = f"at {address}, version {found.version or 'not told'}"
     return [ok(SYNC, "reachable", told), *map(_check, found.checks)], found

@@ -45,7 +45,8 @@ def status_command(gateway: str, admin: str, metrics: str, prove: bool, as_json:
 def version(told: scrape.Scrape | None, figures: Examination | None) -> Check:
     """The gateway's, which no call tells; both processes should be of one."""
     if told is None:
-        return warn(probes.GATEWAY, "version", "the metrics do not answer", "correct --metrics, or set METRICS of it")
+        fix = "correct --metrics (http://HOST:PORT/metrics), or set METRICS of it"
+        return warn(probes.GATEWAY, "version", "the metrics do not answer", fix)
     if figures is not None and told.version != figures.version:
         found = f"version {told.version or 'not told'}, ledger_sync {figures.version or 'not told'}"
         return warn(probes.GATEWAY, "version", found, "bring both to one version")

@@ -38,6 +38,8 @@ class Both(EntitlementGatewayServicer, LedgerAdminServicer):
 
     def Examine(self, request: Any, context: Any) -> ledger_pb2.Examination:
         self._note(context)
+        if self.tokens[-1] == "Bearer revoked":
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "authorization: the token is not known here")
         return ledger_pb2.Examination(version="7.7", customers=3)
 
 
@@ -111,6 +113,14 @@ def test_a_token_goes_with_every_call_and_is_read_anew(served: Served, cli: Call
     served.token.write_text(f"{SECRET}\n")
     assert cli("status", ENTITLEMENT_TOKEN_FILE=str(served.token)).exit_code == 0
     assert served.both.tokens == ["Bearer another"] * 4 + [f"Bearer {SECRET}"]
+
+
+def test_who_is_not_let_in_is_told_so_and_not_to_start_ledger_sync(served: Served, cli: Callable[..., Result]) -> None:
+    file = served.token.with_name("revoked")
+    file.write_text("revoked")
+    told = cli("status", ENTITLEMENT_TOKEN_FILE=str(file))
+    assert told.exit_code == 1 and "UNAUTHENTICATED: authorization: the token is not known here" in told.output
+    assert "fix: give --token-file" in told.output and "start it" not in told.output
 
 
 @pytest.mark.parametrize("wrong", ["nobody's", "another authority's", "none"])
