@@ -238,6 +238,10 @@ def _location(url: str) -> str:
     if not url:
         return "''"
     try:
+        return f"'***@{Endpoint.parse(url)}'"
+    except InvalidArgument:
+        pass  # It is not of Redis, or has options beside.
+    try:
         parts = urlsplit(url)
         place = parts.hostname or (parts.path if parts.scheme in ("unix", "file") else "")
         return f"'{parts.scheme}://***@{place}'"

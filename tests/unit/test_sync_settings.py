@@ -122,6 +122,11 @@ def test_who_may_call_is_said_before_anything_is_served(monkeypatch: pytest.Monk
     assert "all lets everybody in, whatever access says" in refusal(anonymous="all", access="a.yaml")
 
 
+def test_the_log_tells_which_redis_it_is_as_the_gateways_does() -> None:
+    found = Settings(redis_url=f"redis://user:{SECRET}@cache:6390/2")
+    assert "redis_url='***@cache:6390/2'" in repr(found) and "user" not in repr(found)
+
+
 @pytest.mark.parametrize("name", ["redis_url", "database_url", "publisher"])
 def test_secrets_are_never_shown(name: str) -> None:
     for url in (f"scheme://user:{SECRET}@host:1/x?y={SECRET}", f"://{SECRET}", f"scheme://[{SECRET}"):
