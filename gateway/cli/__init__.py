@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+import gateway.telemetry  # noqa: F401 - before grpc, whose core would tell of what went wrong in lines of its own
 from gateway.cli import configuration
 from gateway.cli.audit import audit_command
 from gateway.cli.changes import apply_command, replay_command

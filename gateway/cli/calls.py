@@ -22,7 +22,7 @@ DEADLINE_S: Final = 10.0
 VERIFY_DEADLINE_S: Final = 120.0  # it reads every account
 EXIT_CALL_FAILED: Final = 2
 
-_CLOSED: Final = ("socket closed", "reset by peer", "broken pipe")  # after it was connected to
+_CLOSED: Final = ("socket closed", "reset by peer", "broken pipe", "secure read failed")  # after it was connected to
 _TLS: Final = "--tls-ca, --tls-cert, --tls-key"
 
 # A proxy of the environment is for the web, not for a neighbour process.
@@ -128,7 +128,8 @@ def describe(error: grpc.RpcError, address: str, what: str) -> str:
         return f"UNAVAILABLE: the {what} at {address} and this command do not agree on TLS: {problem}"
     if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details.lower():
         if any(cause in details.lower() for cause in _CLOSED):
-            return f"UNAVAILABLE: the {what} at {address} hung up: does one side speak TLS and the other not? ({_TLS})"
+            asked = "does one side speak TLS and the other not? Is a certificate wanted?"
+            return f"UNAVAILABLE: the {what} at {address} hung up: {asked} ({_TLS})"
         return f"UNAVAILABLE: no {what} answers at {address}; is it running? (entitlement dev starts a whole stack)"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return f"DEADLINE_EXCEEDED: the {what} at {address} did not answer in time"

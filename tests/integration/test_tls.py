@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import ssl
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +84,19 @@ def test_a_certificate_of_another_authority_is_refused(gateway: GatewayProcess, 
 
 def test_a_client_that_trusts_another_authority_refuses_the_server(gateway: GatewayProcess, pki: Pki) -> None:
     refused(gateway.address, pki.theirs, pki.client)
+
+
+def test_the_command_line_says_that_a_certificate_is_wanted(gateway: GatewayProcess, pki: Pki) -> None:
+    """In one line, to which grpc's core adds none."""
+    if not gateway.mutual:  # type: ignore[attr-defined]
+        pytest.skip("none is")
+    argv = [sys.executable, "-m", "gateway.cli", "balance", "c", "--gateway", gateway.address, "--tls-ca"]
+    env = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    told = subprocess.run(
+        [*argv, pki.ours.certificate], env=env, check=False, capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert told.returncode == 2 and told.stderr.count("\n") == 1
+    assert "hung up: " in told.stderr and "Is a certificate wanted?" in told.stderr
 
 
 def test_the_certificate_is_the_configured_one(gateway: GatewayProcess, pki: Pki) -> None:
