@@ -200,10 +200,13 @@ class HotStore:
             }
             if joint(list(found.values())).identity.run_id != run_id:
                 raise Unavailable("hot store: it is not the one that has been opened")
-            return {
-                partition: found[await self._client.primary_of(keys.journal(partition))].identity.run_id
-                for partition in partitions
-            }
+            try:
+                return {
+                    partition: found[await self._client.primary_of(keys.journal(partition))].identity.run_id
+                    for partition in partitions
+                }
+            except KeyError:
+                raise Unavailable("hot store: it has become another one meanwhile") from None
 
     async def apply(self, deltas: Iterable[tuple[Name, hot_deltas.Delta]]) -> list[str]:
         """Runs apply_delta.lua for each, in the order given; what the script returned, as text."""

@@ -36,8 +36,11 @@ def client_of(endpoint: Endpoint, *, connections: int, timeout_s: float, protoco
 
 
 async def primaries(client: Redis) -> list[Redis]:
-    """Each primary of a cluster; otherwise the one that there is."""
-    return await client.primaries() if isinstance(client, ClusterRedis) else [client]
+    """Each primary of a cluster, as it is now; otherwise the one that there is."""
+    if not isinstance(client, ClusterRedis):
+        return [client]
+    await client.renew()
+    return await client.primaries()
 
 
 async def identify(client: Redis) -> Server:

@@ -50,6 +50,13 @@ class ClusterRedis(Redis):
         await self._learn()
         return [self._nodes[place] for place in sorted({span.place for span in self._spans})]
 
+    async def renew(self) -> None:
+        """Asks who has what now. Of a primary that has come, or is another one, and has no key of ours, no answer
+        tells.
+        """
+        self._stale = True
+        await self._learn()
+
     async def primary_of(self, key: str | bytes) -> Redis:
         await self._learn()
         return self._primary(key)

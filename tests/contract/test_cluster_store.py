@@ -15,12 +15,12 @@ from entitlement.opening import Opening
 from entitlement.redis_address import Endpoint
 from gateway.store import examine
 from gateway.store.journal_tail import JournalTail
-from gateway.store.link import look, reach
+from gateway.store.link import identify, look, reach
 from gateway.store.redis_store import RedisStore
 from ledger_sync.hot_store import HotStore
 from ledger_sync.journal_reader import JournalReader
 from tests.hot_stores import TENANT, TOKENS, account, charge, request
-from tests.valkey_cluster import ValkeyCluster
+from tests.valkey_cluster import Node, ValkeyCluster
 
 NAMES = [f"c{number}" for number in range(24)]
 TIMEOUT_MS = 10_000
@@ -165,3 +165,24 @@ async def test_doctor_looks_at_every_primary(cluster: ValkeyCluster) -> None:
     one = await examine.examine(Endpoint.parse(f"redis://127.0.0.1:{cluster.primaries[0].port}"))
     (version,) = [check for check in one.checks if check.name == "version"]
     assert "redis+cluster://" in version.fix
+
+
+async def test_a_primary_that_has_come_without_a_key_of_ours_is_another_hot_store_for_both(
+    cluster: ValkeyCluster, hot: HotStore
+) -> None:
+    taken = {keys.slot_of(name.encode()) for name in keys.openings(keys.PARTITIONS)}
+    slot = next(slot for slot in range(keys.SLOTS) if slot not in taken)
+    source, before = cluster.owner(slot), await hot.server()
+    with Node(cluster_allow_replica_migration="no") as come:  # Else it follows whoever takes its last slot.
+        come.ask("MEET", "127.0.0.1", source.port, source.bus)
+        cluster.until(lambda: all(come.id in node.ask("NODES").decode() for node in cluster.nodes), "met")
+        cluster.until(lambda: b"cluster_state:ok" in come.ask("INFO"), "met")
+        cluster.move(slot, come)
+        link = await reach(Endpoint.parse(cluster.url), TIMEOUT_MS)
+        try:
+            assert await hot.server() == await identify(link) != before
+        finally:
+            link.close()
+            cluster.primaries.append(come)
+            cluster.move(slot, source)
+            cluster.primaries.remove(come)
