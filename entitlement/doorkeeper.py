@@ -39,7 +39,7 @@ class Doorkeeper:
             self._access = self._understood(found)
         except InvalidArgument as error:
             told, self.problem = self.problem, str(error)
-            return told != self.problem
+            return self._expired() or told != self.problem
         self._seen, self.problem = found, ""
         self.generation += 1
         return True

@@ -232,3 +232,11 @@ class TestDoorkeeper:
         assert not keeper.look()
         now[0] += 1_000
         assert keeper.look() and keeper.generation == 1 and not keeper.look()
+
+    def test_an_expiry_is_told_although_the_files_are_not_sound(self) -> None:
+        now, files = [NOW], {"a": file(entry(expires=as_time(NOW + 1_000)))}
+        keeper = Doorkeeper(lambda: dict(files), lambda: now[0])
+        files["a"] = b"{"
+        assert keeper.look() and keeper.generation == 0 and not keeper.look()
+        now[0] += 1_000
+        assert keeper.look() and keeper.generation == 1 and keeper.problem
