@@ -105,7 +105,7 @@ def revoke(file: Path, name: str, *, now_ms: int) -> Entry:
         found = [entry for entry in entries if name in (entry.name, entry.token)]
         if len(found) != 1:
             raise InvalidArgument("name", f"{name!r} is {'nobody' if not found else 'more than one'} in the file")
-        entry = msgspec.structs.replace(found[0], revoked=found[0].revoked or as_time(now_ms))
+        entry = msgspec.structs.replace(found[0], revoked=_revoked(found[0], now_ms))
         _write(file, [entry if known is found[0] else known for known in entries], now_ms)
     return entry
 
@@ -126,14 +126,18 @@ def _entries(file: Path) -> tuple[Entry, ...]:
 
 
 def _write(file: Path, entries: Sequence[Entry], now_ms: int) -> None:
-    """All at once: who reads the file meanwhile reads the old one or the new one."""
+    """All at once: who reads the file meanwhile reads the old one or the new one. It stays whose it was: a process that
+    could not read the new one would go on with the old, and who was revoked would be let in.
+    """
     Access(entries, lambda: now_ms)
     place = file.resolve()
-    mode = stat.S_IMODE(place.stat().st_mode) if place.exists() else MODE
+    before = place.stat() if place.exists() else None
     number, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
     try:
         with open(number, "w", encoding="utf-8") as new:  # noqa: PTH123  It is open already.
-            os.fchmod(number, mode)
+            if before is not None:
+                _give(number, before, place)
+            os.fchmod(number, stat.S_IMODE(before.st_mode) if before is not None else MODE)
             new.write(HEAD + as_file(entries))
             new.flush()
             os.fsync(number)
@@ -141,6 +145,22 @@ def _write(file: Path, entries: Sequence[Entry], now_ms: int) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _give(number: int, before: os.stat_result, place: Path) -> None:
+    made = os.fstat(number)
+    if (made.st_uid, made.st_gid) == (before.st_uid, before.st_gid):
+        return
+    try:
+        os.fchown(number, before.st_uid, before.st_gid)
+    except PermissionError:
+        raise InvalidArgument("file", f"{str(place)!r} is another user's, who could not read it any more") from None
+
+
+def _revoked(entry: Entry, now_ms: int) -> str:
+    """Who was to be revoked later is so now."""
+    over = entry.revoked and parse_time(f"{entry.name}.revoked", entry.revoked) <= now_ms
+    return entry.revoked if over else as_time(now_ms)
 
 
 def _ends(expires: str, now_ms: int) -> str:

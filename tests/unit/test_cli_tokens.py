@@ -80,6 +80,30 @@ def test_who_is_revoked_stays_in_the_file_and_is_nobody(file: Path) -> None:
             revoke(file, name, now_ms=NOW)
 
 
+def test_who_was_to_be_revoked_later_is_revoked_now(file: Path) -> None:
+    file.write_text(BY_HAND.replace("acme,", "acme, revoked: 2030-01-01T00:00:00Z,"))
+    assert revoke(file, "mesh", now_ms=NOW).revoked == "2027-01-15T08:00:00Z"
+
+
+def test_a_file_stays_whose_it_was_or_as_it_was(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text(BY_HAND)
+    found, given = Path.stat(file), []
+    theirs = os.stat_result((*found[:4], found.st_uid + 1, found.st_gid + 1, *found[6:]))
+    monkeypatch.setattr(Path, "stat", lambda *_, **__: theirs)
+    monkeypatch.setattr(os, "fchown", lambda number, *whose: given.append(whose))
+    revoke(file, "mesh", now_ms=NOW)
+    assert given == [(found.st_uid + 1, found.st_gid + 1)]
+
+    def denied(*_: int) -> None:
+        raise PermissionError
+
+    before = file.read_text()
+    monkeypatch.setattr(os, "fchown", denied)
+    with pytest.raises(InvalidArgument, match="is another user's"):
+        create(file, Entry(name="desk", tenant="acme", scopes=("read",)), "", random=os.urandom, now_ms=NOW)
+    assert file.read_text() == before and [*file.parent.iterdir()] == [file]
+
+
 @pytest.mark.parametrize(
     ("expires", "ends"),
     [
