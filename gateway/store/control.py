@@ -141,6 +141,8 @@ class Control:
         try:
             return await link.call(command)
         except StoreError as error:
+            if str(error).startswith("READONLY"):
+                link.close()  # It has become a replica: the primary is asked for anew, at the same address.
             return await link.redirect(error, command)
 
     async def _reach(self) -> Link:
