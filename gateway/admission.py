@@ -135,9 +135,11 @@ class Admission:
         except EntitlementError as error:
             return error
 
-    async def _or_error(self, request: Consume, outcome: Outcome) -> Decision | EntitlementError:
+    async def _or_error(self, request: Consume, outcome: Outcome | EntitlementError) -> Decision | EntitlementError:
         try:
-            return await self._resolve(request, outcome)
+            if isinstance(outcome, Unavailable):
+                return await self._degraded.decide(request, outcome)
+            return outcome if isinstance(outcome, EntitlementError) else await self._resolve(request, outcome)
         except EntitlementError as error:
             return error
 
@@ -164,7 +166,7 @@ class Admission:
 
 
 def _merged(
-    outcomes: list[Outcome], found: Mapping[int, Decision | EntitlementError]
+    outcomes: list[Outcome | EntitlementError], found: Mapping[int, Decision | EntitlementError]
 ) -> list[Decision | EntitlementError]:
     return [outcome if isinstance(outcome, Decision) else found[index] for index, outcome in enumerate(outcomes)]
 

@@ -31,7 +31,7 @@ from entitlement.decision import (
     Stale,
     Verdict,
 )
-from entitlement.errors import InvalidArgument
+from entitlement.errors import EntitlementError, InvalidArgument
 from entitlement.identity import fingerprint
 from entitlement.journal import OVERAGE, Burn, BurnedLine, Consumed, Crossing, Rolled
 from entitlement.periods import period
@@ -79,7 +79,7 @@ class MemoryStore:
     async def ask_install(self, tenant: str, customer: str) -> None:
         self.asked.append((tenant, customer))
 
-    async def consume_many(self, calls: Sequence[tuple[Consume, Charge]]) -> list[Outcome]:
+    async def consume_many(self, calls: Sequence[tuple[Consume, Charge]]) -> list[Outcome | EntitlementError]:
         return [await self.consume(request, charge) for request, charge in calls]
 
     async def consume(self, request: Consume, charge: Charge) -> Outcome:

@@ -9,6 +9,7 @@ import msgspec
 
 from entitlement.account import Account
 from entitlement.decision import Charge, Consume, Outcome
+from entitlement.errors import EntitlementError
 
 
 class Sight(msgspec.Struct, frozen=True):
@@ -29,8 +30,10 @@ class HotStore(Protocol):
         """
         ...
 
-    async def consume_many(self, calls: Sequence[tuple[Consume, Charge]]) -> list[Outcome]:
-        """Each call's own decision, in order, in one round trip. The calls share no fate."""
+    async def consume_many(self, calls: Sequence[tuple[Consume, Charge]]) -> list[Outcome | EntitlementError]:
+        """Each call's own decision, in order, in one round trip, or the error that it alone would have had: the calls
+        share no fate. Raises Unavailable where that is so of all.
+        """
         ...
 
     async def read(self, tenant: str, customer: str) -> Sight:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from struct import error as StructError
@@ -131,22 +131,31 @@ class RedisStore:
             reply = await self._again(error, "consume", command, draft)
         return _outcome(reply, request)
 
-    async def consume_many(self, calls: Sequence[tuple[Consume, Charge]]) -> list[Outcome]:
+    async def consume_many(self, calls: Sequence[tuple[Consume, Charge]]) -> list[Outcome | EntitlementError]:
         if not calls:
             return []
         if any(charge.durability is Durability.RECEIPT_REPLICA for _, charge in calls):
-            return await asyncio.gather(*[self.consume(*call) for call in calls])
+            return _unless_all_failed(await asyncio.gather(*[self._or_error(self.consume(*call)) for call in calls]))
         connection = self._connection or self._away()
         draft, packed = self._draft, self._packer.pack
         drafts = [draft(request, charge) for request, charge in calls]
         commands = [packed(request, charge) for request, charge in calls]
         replies = await connection.call_many(commands, drafts)
-        outcomes = []
+        outcomes: list[Outcome | EntitlementError] = []
         for index, (reply, (request, _)) in enumerate(zip(replies, calls, strict=True)):
-            if isinstance(reply, StoreError):
-                reply = await self._again(reply, "consume", commands[index], drafts[index])
-            outcomes.append(_outcome(reply, request))
-        return outcomes
+            try:
+                if isinstance(reply, StoreError):
+                    reply = await self._again(reply, "consume", commands[index], drafts[index])
+                outcomes.append(_outcome(reply, request))
+            except EntitlementError as error:  # This call's alone.
+                outcomes.append(error)
+        return _unless_all_failed(outcomes)
+
+    async def _or_error(self, call: Awaitable[Outcome]) -> Outcome | EntitlementError:
+        try:
+            return await call
+        except EntitlementError as error:
+            return error
 
     async def _consume_replicated(self, request: Consume, charge: Charge) -> Outcome:
         command, draft = self._packer.pack(request, charge), self._draft(request, charge)
@@ -423,6 +432,14 @@ def _stream_id(text: object) -> tuple[int, int]:
         raise CorruptRecord(f"{text!r} is no id of a stream")
     ms, _, number = text.partition(b"-")
     return int(ms), int(number)
+
+
+def _unless_all_failed(outcomes: list[Outcome | EntitlementError]) -> list[Outcome | EntitlementError]:
+    """Raises Unavailable when that is all there is."""
+    first = outcomes[0]
+    if isinstance(first, Unavailable) and all(isinstance(outcome, Unavailable) for outcome in outcomes):
+        raise first
+    return outcomes
 
 
 def _outcome(reply: Reply, request: Consume) -> Outcome:

@@ -28,7 +28,7 @@ class TracedStore:
         with self._trip("consume"):
             return await self._store.consume(request, charge)
 
-    async def consume_many(self, calls: Sequence[tuple[Consume, Charge]]) -> list[Outcome]:
+    async def consume_many(self, calls: Sequence[tuple[Consume, Charge]]) -> list[Outcome | EntitlementError]:
         with self._trip("consume") as span:
             outcomes = await self._store.consume_many(calls)
             if span:
@@ -72,5 +72,5 @@ class TracedStore:
             span.end()
 
 
-def _denied(outcome: Outcome) -> bool:
+def _denied(outcome: object) -> bool:
     return isinstance(outcome, Decision) and outcome.verdict is Verdict.DENY

@@ -98,6 +98,25 @@ async def test_a_slot_on_its_way_is_unavailable_and_decides_nothing(cluster: Val
     assert (await spend(store, name, "on-its-way")).sequence == sequence + 1
 
 
+async def test_in_a_batch_what_is_decided_elsewhere_is_decided(cluster: ValkeyCluster, store: RedisStore) -> None:
+    moving, other = NAMES[1], next(name for name in NAMES if slot_of(name) != slot_of(NAMES[1]))
+    slot, source = slot_of(moving), cluster.owner(slot_of(moving))
+    target = next(node for node in cluster.primaries if node is not source)
+    await spend(store, moving, "there-before")
+    calls = [(asked := request(f"both-{name}", (TOKENS, 1), customer=name), charge(asked)) for name in (moving, other)]
+    target.ask("SETSLOT", slot, "IMPORTING", source.id)
+    source.ask("SETSLOT", slot, "MIGRATING", target.id)
+    try:
+        failed, decided = await store.consume_many(calls)
+        with pytest.raises(Unavailable, match="TRYAGAIN"):
+            await store.consume_many(calls[:1])
+    finally:
+        for node in (source, target):
+            node.ask("SETSLOT", slot, "STABLE")
+    assert isinstance(failed, Unavailable)
+    assert isinstance(decided, Decision) and decided.verdict is Verdict.ALLOW and not decided.replayed
+
+
 async def test_a_node_that_has_forgotten_the_scripts_is_told_them_again(
     cluster: ValkeyCluster, store: RedisStore
 ) -> None:

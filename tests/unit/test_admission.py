@@ -23,7 +23,7 @@ from entitlement.decision import (
     Stale,
     Verdict,
 )
-from entitlement.errors import IdempotencyMismatch, InvalidArgument, Overloaded, Unavailable
+from entitlement.errors import EntitlementError, IdempotencyMismatch, InvalidArgument, Overloaded, Unavailable
 from entitlement.rating import Rate
 from gateway.admission import MAX_ATTEMPTS, Admission
 from gateway.catalog import Catalog
@@ -49,14 +49,15 @@ class Store:
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
         self.asked: list[tuple[str, str]] = []
+        self.failing: dict[str, EntitlementError] = {}  # of batches, by key
 
     async def consume(self, request: Consume, charge: Charge) -> Outcome:
         self.asked.append((request.key, charge.plan))
         await asyncio.sleep(0)
         return self.answer(request, charge)
 
-    async def consume_many(self, calls: Sequence[tuple[Consume, Charge]]) -> list[Outcome]:
-        return [await self.consume(request, charge) for request, charge in calls]
+    async def consume_many(self, calls: Sequence[tuple[Consume, Charge]]) -> list[Outcome | EntitlementError]:
+        return [self.failing.get(request.key) or await self.consume(request, charge) for request, charge in calls]
 
     async def read(self, tenant: str, customer: str) -> Sight:
         raise NotImplementedError
@@ -225,3 +226,21 @@ async def test_many_get_their_own_decisions_and_refusals_in_order() -> None:
     assert found[0] == allowed("k1") and found[3] == allowed("k4") and found[4] == allowed("k5")
     assert isinstance(found[1], IdempotencyMismatch) and isinstance(found[2], InvalidArgument)
     assert made.in_flight == 0
+
+
+async def test_of_a_batch_only_what_failed_is_decided_without_the_store() -> None:
+    class Lenient:
+        async def decide(self, request: Consume, away: Unavailable) -> Decision:
+            asked.append((request.key, away))
+            return allowed("k9")
+
+    asked: list[tuple[str, Unavailable]] = []
+    denied = Decision(
+        *(Verdict.DENY, Reason.INSUFFICIENT_CREDITS, 0, False, 1, 2, "USD", 0, 0, 0, 0, 0, "1", (), (), False)
+    )
+    store, catalog, away = Store(lambda *_: denied), Catalog(lambda: NOW), Unavailable("hot store: TRYAGAIN")
+    catalog.swap(snapshot("standard"))
+    store.failing = {"k1": away}
+    made = Admission(store, catalog, Loader(), Lenient(), 100)
+    assert await made.admit_many([call("k1"), call("k2")]) == [allowed("k9"), denied]
+    assert asked == [("k1", away)]
