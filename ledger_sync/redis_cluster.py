@@ -52,10 +52,10 @@ class ClusterRedis(Redis):
 
     async def renew(self) -> None:
         """Asks who has what now. Of a primary that has come, or is another one, and has no key of ours, no answer
-        tells.
+        tells. Commands go on by the map of before meanwhile. Raises RedisError where nobody tells it.
         """
-        self._stale = True
-        await self._learn()
+        async with self._learning:
+            await self._learn_anew()
 
     async def primary_of(self, key: str | bytes) -> Redis:
         await self._learn()
@@ -161,20 +161,24 @@ class ClusterRedis(Redis):
         return self._nodes[self._spans[0].place]
 
     async def _learn(self) -> None:
-        """The map of the cluster, if it may be an old one. Raises ConnectionError where nobody tells it."""
+        """The map of the cluster, if it may be an old one. Raises RedisError where nobody tells it."""
+        if not self._stale:
+            return
         async with self._learning:
-            if not self._stale:
+            if self._stale:
+                await self._learn_anew()
+
+    async def _learn_anew(self) -> None:
+        said = []
+        for place in dict.fromkeys((*self._nodes, *self._endpoint.hosts)):
+            try:
+                self._lay(await self._ask(place))
+                for node in self._gone:
+                    await node.connection_pool.disconnect(inuse_connections=False)
                 return
-            said = []
-            for place in dict.fromkeys((*self._nodes, *self._endpoint.hosts)):
-                try:
-                    self._lay(await self._ask(place))
-                    for node in self._gone:
-                        await node.connection_pool.disconnect(inuse_connections=False)
-                    return
-                except (RedisError, OSError, RuntimeError, TimeoutError, Unavailable) as error:
-                    said.append(f"{place[0]}:{place[1]}: {type(error).__name__}: {error}")
-            raise RedisError(f"no node of the cluster tells who has what: {'; '.join(said)}")
+            except (RedisError, OSError, RuntimeError, TimeoutError, Unavailable) as error:
+                said.append(f"{place[0]}:{place[1]}: {type(error).__name__}: {error}")
+        raise RedisError(f"no node of the cluster tells who has what: {'; '.join(said)}")
 
     async def _ask(self, place: Place) -> tuple[Span, ...]:
         node = self._nodes.get(place) or self._node(place)
