@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from entitlement.errors import InvalidArgument
@@ -15,6 +15,7 @@ from entitlement.v1 import ledger_pb2
 from entitlement.v1.ledger_pb2_grpc import LedgerAdminServicer, add_LedgerAdminServicer_to_server
 from ledger_sync.admin_guard import GuardedServer
 from ledger_sync.certificates import Certificates
+from ledger_sync.health import Health
 from ledger_sync.identity import Guard
 
 SERVICE: Final = ledger_pb2.DESCRIPTOR.services_by_name["LedgerAdmin"].full_name
@@ -24,8 +25,6 @@ MAX_MESSAGE_BYTES: Final = 4_194_304
 MAX_METADATA_BYTES: Final = 16_384
 SOCKET_MODE: Final = 0o660
 MAX_CALLS: Final = 256  # at once; more are refused with RESOURCE_EXHAUSTED
-
-_STATUS: Final = {True: health_pb2.HealthCheckResponse.SERVING, False: health_pb2.HealthCheckResponse.NOT_SERVING}
 
 
 class AdminServer:
@@ -45,7 +44,7 @@ class AdminServer:
         self._listen = listen
         self._certificates = certificates
         self._told: dict[str, bool] = {}
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -74,12 +73,12 @@ class AdminServer:
     async def serving(self, yes: bool) -> None:
         """Tells health watchers whether the ledger is kept up to date."""
         for name in ("", SERVICE):
-            await self._health.set(name, _STATUS[yes])
+            self._health.tell(name, serving=yes)
 
     async def tell(self, loops: Mapping[str, bool]) -> None:
         """As `serving`, while all of these run; and of each alone, as the service 'loop/<name>'."""
         for name, well in loops.items():
-            await self._health.set(f"{LOOP}{name}", _STATUS[well])
+            self._health.tell(f"{LOOP}{name}", serving=well)
         await self.serving(all(loops.values()))
 
     async def tell_of(self, components: Mapping[str, bool]) -> None:
@@ -87,11 +86,11 @@ class AdminServer:
         for name, well in components.items():
             if self._told.get(name) is not well:
                 self._told[name] = well
-                await self._health.set(f"{COMPONENT}{name}", _STATUS[well])
+                self._health.tell(f"{COMPONENT}{name}", serving=well)
 
     async def stop(self, grace_s: float) -> None:
         """NOT_SERVING, no new calls, those in flight may finish within the grace. May be called twice."""
-        await self._health.enter_graceful_shutdown()
+        self._health.stop()
         await self._server.stop(grace_s)
 
     def _bind(self, address: str) -> str:
