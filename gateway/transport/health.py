@@ -15,6 +15,9 @@ from grpc_health.v1 import health_pb2
 from gateway.lasting import STOPPING, Lasting
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, health_pb2.HealthCheckResponse]"
+MAX_WATCHERS = (
+    8_192  # half of the calls at once (asgi.MAX_CALLS): anybody may watch, and the others are for who may call
+)
 _ANSWER = health_pb2.HealthCheckResponse
 
 
@@ -44,6 +47,8 @@ class Health:
         return _ANSWER(status=self._status(request.service))
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+        if len(self._news) >= MAX_WATCHERS:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_WATCHERS} watch already, the limit")
         news, told = asyncio.Event(), -1
         self._news.add(news)
         try:
