@@ -20,7 +20,7 @@ from gateway import settings as gateway_settings
 from gateway.cli import catalogue_parts, main, yaml_source
 from gateway.cli.catalogue_file import read_catalogue
 from gateway.cli.yaml_source import BadFile
-from gateway.transport import asgi, bootstrap, grpcio
+from gateway.transport import asgi, bootstrap, grpcio, health
 from ledger_sync import (
     admin_server,
     backfill,
@@ -34,6 +34,7 @@ from ledger_sync import (
     translate,
     usage,
 )
+from ledger_sync import health as admin_health
 from ledger_sync import settings as sync_settings
 from tests.pages import ROOT, blocks, commands, pages
 
@@ -118,6 +119,7 @@ DATA_PLANE = {
     "undecided requests of a stream": service.MAX_STREAM_IN_FLIGHT,
     "decisions in flight": gateway_settings.Settings().max_in_flight,
     "calls open in a gateway": asgi.MAX_CALLS,
+    "health watchers": health.MAX_WATCHERS,
     "a message": gateway_settings.Settings().max_message_bytes,
     "requests that have not arrived": asgi.MAX_UNFINISHED_BYTES,
     "metadata of a call": grpcio.MAX_METADATA_BYTES // 1024,
@@ -148,6 +150,7 @@ CONTROL_PLANE = {
     "span of a re-rating": rerate.MAX_DAYS,
     "a page": translate.MAX_PAGE_SIZE,
     "a message, metadata, calls": admin_server.MAX_CALLS,
+    "watchers of LedgerAdmin's health": admin_health.MAX_WATCHERS,
     "a catalogue file": catalogue_parts.MAX_RANGE,
 }
 
