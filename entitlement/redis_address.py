@@ -9,6 +9,7 @@ rediss+sentinel://, rediss+cluster://                         with TLS, for sent
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from enum import Enum
 from typing import Final
@@ -27,6 +28,7 @@ EXPECTED: Final = (
 )
 
 _LOOPBACK: Final = ("localhost", "::1")
+_THIS_MACHINE: Final = re.compile(r"127(?:\.[0-9]{1,3}){3}", re.ASCII)  # 127.example.com is another one.
 
 
 class Shape(Enum):
@@ -130,7 +132,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     def is_local(self) -> bool:
         """Whether no other machine is involved."""
         hosts = [host for host, _ in self.hosts] or [self.host]
-        return bool(self.path) or all(host in _LOOPBACK or host.startswith("127.") for host in hosts)
+        return bool(self.path) or all(host in _LOOPBACK or _THIS_MACHINE.fullmatch(host) for host in hosts)
 
     def __repr__(self) -> str:
         return f"Endpoint({self})"

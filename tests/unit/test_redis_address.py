@@ -144,3 +144,11 @@ class TestIdentity:
         one, other = (Opening(number, self.A.identity, "d").encode().encode() for number in (1, 2))
         assert agreed([one, one]) == Opening(1, self.A.identity, "d")
         assert [agreed(found) for found in ([], [None], [one, None], [one, other], [None, one])] == [None] * 5
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("localhost", True), ("127.0.0.1", True), ("127.1.2.3", True), ("127.example.com", False), ("10.0.0.1", False)],
+)
+def test_another_machine_is_not_this_one_by_its_name(host: str, local: bool) -> None:
+    assert Endpoint.parse(f"redis://{host}").is_local is local
