@@ -144,7 +144,7 @@ class TestDatabase:
             ({"standby": True}, "role", FAIL),
             ({"read_only": "on"}, "role", FAIL),
             ({"number": 130_010}, "version", FAIL),
-            ({"number": 140_002}, "version", WARN),
+            ({"number": 140_002}, "version", FAIL),
             ({"connections": 95}, "connections", WARN),
         ],
     )
