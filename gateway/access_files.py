@@ -10,6 +10,7 @@ from typing import Final
 
 import structlog
 
+from entitlement.access import MAX_FILE_BYTES
 from entitlement.doorkeeper import Doorkeeper
 from entitlement.errors import InvalidArgument
 
@@ -35,7 +36,8 @@ async def watch(keeper: Doorkeeper) -> None:
 
 def _content(file: str) -> bytes:
     try:
-        return Path(file).read_bytes()
+        with Path(file).open("rb") as opened:
+            return opened.read(MAX_FILE_BYTES + 1)  # One more, and it is refused.
     except (OSError, ValueError) as error:  # The latter: no file's name can have a NUL.
         why = error.strerror if isinstance(error, OSError) else error
         raise InvalidArgument("access", f"{file!r} cannot be read: {why}") from None

@@ -58,5 +58,6 @@ def _content(name: str) -> bytes:
     try:
         with Path(name).open("rb") as file:
             return file.read(MAX_FILE_BYTES + 1)  # One more, and it is refused.
-    except OSError as error:
-        raise InvalidArgument("access", f"{name!r} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # The latter: no file's name can have a NUL.
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InvalidArgument("access", f"{name!r} cannot be read: {why}") from None

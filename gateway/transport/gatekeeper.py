@@ -145,13 +145,15 @@ class _Method:
         return self._gate.admit(self._name, self._credentials(context), context.peer())
 
     async def _each(self, identity: Identity, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
-        """Every request of a stream, as long as who sends them may."""
-        seen, first = self._keeper.generation, True
+        """Every request of a stream, as long as who sends them may; also what the first one has opened."""
+        seen, opened = self._keeper.generation, None
         async for request in requests:
             if seen != self._keeper.generation:
                 identity, seen = self._admit(context), self._keeper.generation
-            yield self._own(identity, request, first=first) if identity.customers else request
-            first = False
+                if identity.customers and opened is not None:
+                    self._own(identity, opened)
+            yield self._own(identity, request, first=opened is None) if identity.customers else request
+            opened = request if opened is None else opened
 
     def _own(self, identity: Identity, request: Any, *, first: bool = True) -> Any:
         """The request, if all it names may be touched: as this check has read it, and in no other way."""

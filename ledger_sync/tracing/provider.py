@@ -1,5 +1,7 @@
 """OpenTelemetry's SDK, configured by its own variables (OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER, OTEL_BSP_…).
 
+The same file in both processes: what they share is pure, and this is not. A test keeps them the same.
+
 Source: https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
 """
 

@@ -89,7 +89,7 @@ def test_a_client_that_trusts_another_authority_refuses_the_server(gateway: Gate
 def test_the_command_line_says_that_a_certificate_is_wanted(gateway: GatewayProcess, pki: Pki) -> None:
     """In one line, to which grpc's core adds none."""
     if not gateway.mutual:  # type: ignore[attr-defined]
-        pytest.skip("none is")
+        pytest.skip("of this gateway: no certificate is wanted")
     argv = [sys.executable, "-m", "gateway.cli", "balance", "c", "--gateway", gateway.address, "--tls-ca"]
     env = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
     told = subprocess.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -121,3 +122,8 @@ def test_a_client_without_opentelemetry_asks_nothing(monkeypatch: pytest.MonkeyP
 
     assert caller is str and tracing.told(nothing, caller) is nothing
     assert tracing.told_together(nothing, caller)([b"a" + field_of(SAMPLED)]) is None
+
+
+def test_both_processes_make_their_provider_in_the_same_way() -> None:
+    """They may not import each other, and what they share is pure."""
+    assert Path(of_gateway.__file__).read_text() == Path(of_sync.__file__).read_text()
